@@ -1,0 +1,199 @@
+"""Step 03: torchrun starts the processes, tells each one who it is, and starts them again when one dies.
+
+    torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py                        # MNIST
+    torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240    # synthetic
+
+With restarts, which go on from the newest snapshot. The variable makes restarted ranks meet in a store of their
+own; in the one that they share with torchrun by default they find the addresses of the dead, and can hang.
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node=2 --max-restarts=3 \\
+        03_multigpu_torchrun/train.py --save-every 100
+"""
+
+import gc
+import math
+import os
+import shlex
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
+
+from common.options import fail, make_parser, pick_device
+
+
+def parse_args():
+    parser = make_parser(__file__, __doc__)
+    args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, DistributedSampler
+
+from common import snapshot
+from common.mnist import keep_batch, load_mnist
+from common.models import build_model
+from common.reporting import LOG_EVERY, Reporter
+
+
+def setup(args):
+    """Make this process one of the ranks that torchrun has started; returns its device."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    device = pick_device(args.use_gpu, local_rank, local_world_size)
+    torch.set_num_threads(max(1, os.cpu_count() // local_world_size))  # more would fight for the cores
+    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=2),  # by default, ranks wait 10 or 30 minutes for one that is stuck
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def cleanup():
+    """Leave the process group. What DDP still holds by then can abort the process at exit, so drop it first."""
+    if error := sys.exception():
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    dist.destroy_process_group()
+
+
+class Trainer:
+    def __init__(self, args, device, model, optimizer, train_data, test_data):
+        self.args = args
+        self.device = device
+        self.model = model
+        self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
+        self.optimizer = optimizer
+        self.train_data = train_data
+        self.test_data = test_data
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.global_batch = args.batch_size * self.world_size
+        self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        self.report = Reporter(args, train_data, device, self.rank, self.world_size)
+        self.epoch = self.samples_seen = self.global_step = 0
+
+    def train(self):
+        self.load_snapshot()
+        while self.epoch < self.args.epochs:
+            self.run_epoch()
+            self.evaluate()
+        self.report.end(self.global_step)
+
+    def run_epoch(self):
+        # The order follows from seed and epoch alone, so a resumed run goes on where the other one stopped.
+        self.sampler.set_epoch(self.epoch)
+        order = list(self.sampler)[self.samples_seen // self.world_size :]
+        loader = DataLoader(
+            self.train_data,
+            batch_size=self.args.batch_size,
+            sampler=order,
+            drop_last=True,
+            collate_fn=keep_batch,
+            pin_memory=self.device.type == "cuda",
+        )
+        losses = []
+        self.model.train()
+        for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
+            losses.append(self.run_batch(images, labels))
+            self.samples_seen += self.global_batch
+            self.global_step += 1
+            if batch % LOG_EVERY == 0 or batch == len(loader):
+                losses = torch.stack(losses) / self.world_size
+                dist.all_reduce(losses)  # each rank has seen only its own part of the batches
+                self.report.train(self.epoch, self.global_step, losses.tolist())
+                losses = []
+            if self.args.save_every and self.global_step % self.args.save_every == 0:
+                self.save_snapshot()
+        self.epoch, self.samples_seen = self.epoch + 1, 0
+        self.save_snapshot()
+
+    def run_batch(self, images, labels):
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        with self.autocast:
+            loss = F.cross_entropy(self.ddp_model(images), labels)
+        self.optimizer.zero_grad()
+        loss.backward()  # in here DDP averages the gradients over the ranks
+        self.optimizer.step()
+        return loss.detach()  # still a tensor: .item() would make the CPU wait for the GPU at every step
+
+    @torch.no_grad()
+    def evaluate(self):
+        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler would pad it
+        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        self.model.eval()
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test what rank 0 saves
+        for images, labels in loader:
+            images, labels = images.to(self.device), labels.to(self.device)
+            with self.autocast:
+                outputs = self.model(images)
+            totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
+            totals[1] += (outputs.argmax(dim=1) == labels).sum()
+            totals[2] += len(labels)
+        dist.all_reduce(totals)
+        loss, correct, total = totals.tolist()
+        self.report.evaluation(self.epoch, self.global_step, loss / total, int(correct), int(total))
+
+    def save_snapshot(self):
+        if self.rank != 0:
+            return  # all ranks hold the same weights
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "world_size": self.world_size,
+        }
+        snapshot.save(self.args, self.train_data.name, state)
+
+    def load_snapshot(self):
+        state = snapshot.load_newest(self.args, self.train_data.name)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr  # the flag wins over the snapshot
+        self.epoch = state["epoch"]
+        # A multiple of the world size: after a change of it, fewer than that many images are left out.
+        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.global_step = state["global_step"]
+        self.report.say(f"resumed from {self.args.snapshot_dir}: epoch {self.epoch}, step {self.global_step}")
+
+
+def main(args, device):
+    torch.manual_seed(args.seed)
+    train_data, test_data = load_mnist(args.data_dir, args.num_samples)
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    Trainer(args, device, model, optimizer, train_data, test_data).train()
+
+
+@record  # hands the traceback of a rank that fails to torchrun, which shows the first
+def worker(args):
+    device = setup(args)
+    try:
+        main(args, device)
+    finally:
+        cleanup()
+
+
+if __name__ == "__main__":
+    worker(args)

@@ -1,0 +1,154 @@
+"""MNIST as one tensor, or synthetic digits in its place.
+
+The usual way turns every image into a PIL picture and back, one by one; one index into a uint8
+tensor gives a whole batch instead, and the model makes floats of it on the device.
+"""
+
+import http.client
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch.utils.data import Dataset
+
+from common.options import fail, warn
+from common.synthetic import synthetic_digits
+
+# The four files that torchvision's MNIST unpacks into DIR/MNIST/raw, and the bytes in each:
+# 16 or 8 of header, then one for each pixel or label (http://yann.lecun.com/exdb/mnist).
+FILES = {
+    "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
+    "train-labels-idx1-ubyte": 8 + 60_000,
+    "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
+    "t10k-labels-idx1-ubyte": 8 + 10_000,
+}
+
+
+class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Images uint8 (N, 28, 28) and labels int64 (N,), handed out a whole batch at a time.
+
+    Attributes:
+        name: `mnist` or `synthetic-N`; snapshots and metrics carry it.
+        fallback: why these are not the digits that were asked for; empty when they are.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, name: str, fallback: str = ""):
+        self.images, self.labels, self.name, self.fallback = images, labels, name, fallback
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
+        rows = torch.tensor(indices)
+        return self.images[rows], self.labels[rows]
+
+
+def keep_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """DataLoader's `collate_fn` for `Digits`: `__getitems__` has already made the batch."""
+    return batch
+
+
+def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
+    """The training and the test set.
+
+    Args:
+        data_dir: MNIST is read from `data_dir/MNIST/raw`, and downloaded to it when it is not there.
+        num_samples: this many synthetic training digits instead, and a sixth of it to test on.
+
+    Exits with one line (`fail`) when the files are damaged or the folder cannot be written. Without
+    a network and without files it returns 60,000 synthetic digits whose `fallback` says so.
+    """
+    if num_samples is not None:
+        return synthetic(num_samples)
+    raw = data_dir / "MNIST" / "raw"
+    problem = download(data_dir, raw)
+    if problem:
+        return synthetic(60_000, f"MNIST could not be downloaded ({problem}), so these are synthetic digits")
+    train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
+    return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
+
+
+def synthetic(count: int, fallback: str = "") -> tuple[Digits, Digits]:
+    """`count` training and `count // 6` test digits (as many as MNIST has for its 60,000), at least 1."""
+    if fallback:
+        warn(fallback)
+    name = f"synthetic-{count}"
+    # Fixed seeds: the data is the same whatever `--seed` says, and on every rank.
+    train, test = synthetic_digits(count, seed=0), synthetic_digits(max(1, count // 6), seed=1)
+    return Digits(*train, name, fallback), Digits(*test, name, fallback)
+
+
+def read(path: Path) -> torch.Tensor:
+    """One of MNIST's files as uint8 images (N, 28, 28) or int64 labels (N,); `fail`s if it is damaged."""
+    how = f"delete {path} to download it again, or point --data-dir elsewhere"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}; make it readable or point --data-dir elsewhere")
+    images = "images" in path.name
+    header = 16 if images else 8
+    # The third byte is the type (8: unsigned bytes), the fourth the number of dimensions.
+    if len(content) != FILES[path.name] or content[:4] != bytes([0, 0, 8, 3 if images else 1]):
+        fail(f"{path} is damaged: {len(content):,} bytes of {FILES[path.name]:,}, or a wrong header; {how}")
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+    if images:
+        return data.view(-1, 28, 28)
+    if data.max() > 9:
+        fail(f"{path} is damaged: it holds a label above 9; {how}")
+    return data.long()
+
+
+def download(data_dir: Path, raw: Path) -> str:
+    """Download MNIST's files to `raw` unless they are there; one process does, the others wait for it.
+
+    Returns an empty string, or why no mirror could be reached. `fail`s if the folder cannot be written.
+    """
+    if all((raw / name).exists() for name in FILES):
+        return ""
+    asked = time.time()
+    failure = data_dir / ".mnist-download-failed"
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".mnist-download-lock"):
+            if all((raw / name).exists() for name in FILES):
+                return ""
+            # Somebody tried while this process waited for the lock: all of them go by the same answer.
+            if failure.exists() and failure.stat().st_mtime >= asked:
+                return failure.read_text()
+            failure.unlink(missing_ok=True)
+            problem = fetch(data_dir, raw)
+            if problem:
+                failure.write_text(problem)
+            return problem
+    except OSError as error:
+        fail(f"cannot download MNIST to {data_dir}: {error.strerror or error}; point --data-dir elsewhere")
+
+
+def fetch(data_dir: Path, raw: Path) -> str:
+    """Let torchvision try its mirrors; returns an empty string, or why none of them served."""
+    from torchvision.datasets import MNIST  # takes seconds to import, so only when it is needed
+
+    partial = data_dir / ".mnist-partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed has left
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # torchvision sets none: a firewall that drops packets would hang us
+    try:
+        MNIST(partial, download=True)
+    except (RuntimeError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        return str(error).strip().splitlines()[-1].strip("<>")
+    finally:
+        socket.setdefaulttimeout(timeout)
+    # A file appears in `raw` under its name when it is whole, not before.
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        os.replace(partial / "MNIST" / "raw" / name, raw / name)
+    shutil.rmtree(partial)
+    return ""

@@ -1,0 +1,87 @@
+"""Three models for 28×28 digits. They take uint8 images: a quarter of the bytes to move to a GPU."""
+
+import argparse
+
+import torch
+from torch import nn
+
+# Mean and standard deviation of MNIST's 60,000 training images, pixels scaled to 0…1.
+MEAN, STD = 0.1307, 0.3081
+
+
+class Normalized(nn.Module):
+    """Turns uint8 images into normalised floats on the device, then calls `net`.
+
+    Input uint8 (batch, 28, 28); output logits (batch, 10) in the dtype of `net`'s parameters.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.unsqueeze(1).to(next(self.net.parameters()).dtype)
+        return self.net((pixels / 255 - MEAN) / STD)
+
+
+def cnn() -> nn.Module:
+    """Two convolutions and two linear layers, 206,922 parameters.
+
+    No dropout and no batch norm: every sample's gradient is independent of the batch it is in,
+    so that one process and several compute the same step.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+
+
+def resnet18() -> nn.Module:
+    """torchvision's ResNet-18 (He et al., 2015) for one input channel, 11,175,370 parameters.
+
+    Its batch norm sees each rank's own part of the batch: results depend on the world size.
+    """
+    from torchvision.models import resnet18
+
+    net = resnet18(num_classes=10)
+    net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    return net
+
+
+def vit() -> nn.Module:
+    """torchvision's VisionTransformer (Dosovitskiy et al., 2020), small enough for a CPU.
+
+    One input channel, 16 patches of 7×7 pixels, four blocks of width 64, no dropout.
+    """
+    from torchvision.models import VisionTransformer
+
+    net = VisionTransformer(
+        image_size=28, patch_size=7, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+    )
+    net.conv_proj = nn.Conv2d(1, 64, kernel_size=7, stride=7)
+    return net
+
+
+MODELS = {"cnn": cnn, "resnet18": resnet18, "vit": vit}
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model that the flags ask for, initialised from the global random state.
+
+    Its parameters are float64 with `--precision float64` (the same numbers, cast), else float32.
+    `--compile` compiles it in place: the names of its parameters stay what they are.
+    """
+    model: nn.Module = Normalized(MODELS[args.model]())
+    if args.precision == "float64":
+        model = model.double()
+    if args.compile:
+        model.compile()
+    return model

@@ -1,0 +1,138 @@
+"""What a run tells its reader: lines or a progress bar, and the metrics file."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common.mnist import Digits
+from common.options import fail, warn
+
+LOG_EVERY = 100  # steps between two reports; each one waits for the device once
+
+
+class Reporter:
+    """Rank 0 reports progress and writes `--metrics`; with `--verbose` every rank says what it does."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        data: Digits,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.args, self.data, self.rank, self.world_size = args, data, rank, world_size
+        self.global_batch = args.batch_size * world_size
+        if self.global_batch > len(data):
+            fail(f"a step takes {self.global_batch} images, {data.name} has {len(data)}: lower --batch-size")
+        self.bar: tqdm[Any] | None = None
+        self.images, self.seconds, self.mark = 0, 0.0, 0.0
+        self.metrics = self.open_metrics() if rank == 0 and args.metrics else None
+        self.say(
+            f"{args.step}: {args.model} on {data.name} ({len(data):,} images), {device.type}, {args.precision}, "
+            f"{world_size} × batch {args.batch_size} = {self.global_batch} images a step, "
+            f"{args.epochs} epochs of {len(data) // self.global_batch} steps"
+        )
+        self.detail(
+            f"local rank {os.environ.get('LOCAL_RANK', 0)}, world size {world_size}, device {device}, "
+            f"{torch.get_num_threads()} threads, pid {os.getpid()}"
+        )
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        self.write(
+            "start",
+            **{**flags, "world_size": world_size, "device": device.type},
+            dataset=data.name,
+            train_samples=len(data),
+        )
+
+    def open_metrics(self) -> Any:
+        """The metrics file, open for appending: a resumed run goes on in the same file."""
+        try:
+            self.args.metrics.parent.mkdir(parents=True, exist_ok=True)
+            return open(self.args.metrics, "a")
+        except OSError as error:
+            fail(f"cannot write --metrics {self.args.metrics}: {error.strerror}; choose another file")
+
+    def say(self, line: str) -> None:
+        """Print a line, on rank 0."""
+        if self.rank == 0:
+            self.print(line)
+
+    def detail(self, line: str) -> None:
+        """Print a line with this rank's number in front, on every rank, with `--verbose`."""
+        if self.args.verbose:
+            self.print(f"[rank {self.rank}] {line}")
+
+    def print(self, line: str) -> None:
+        # One write a line: ranks share the terminal, and would print into each other's lines.
+        tqdm.write(line + "\n", file=sys.stdout, end="")
+        sys.stdout.flush()
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one JSON object to the metrics file, if there is one."""
+        if self.metrics:
+            print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
+
+    def progress(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
+        """The batches of `loader`, with a progress bar when rank 0's output is a terminal."""
+        self.mark = time.perf_counter()
+        self.bar = tqdm(
+            loader,
+            desc=f"epoch {epoch + 1}/{self.args.epochs}",
+            unit="step",
+            leave=False,
+            file=sys.stdout,
+            disable=self.rank != 0 or not sys.stdout.isatty(),
+        )
+        return iter(self.bar)
+
+    def train(self, epoch: int, global_step: int, losses: list[float]) -> None:
+        """Report the steps since the last call: `losses` are theirs, each the mean over the global batch."""
+        now = time.perf_counter()
+        images, seconds, self.mark = len(losses) * self.global_batch, now - self.mark, now
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        loss, rate = sum(losses) / len(losses), images / seconds
+        line = (
+            f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}  loss {loss:.4f}  {rate:,.0f} images/s"
+        )
+        if self.bar is None or self.bar.disable:
+            self.say(line)
+        else:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
+        self.write(
+            "train", epoch=epoch, global_step=global_step, loss=loss, images_per_s=round(rate), losses=losses
+        )
+
+    def evaluation(self, epochs_done: int, global_step: int, loss: float, correct: int, total: int) -> None:
+        """Report the test set's result: mean loss, and how many of `total` images were `correct`."""
+        self.say(
+            f"epoch {epochs_done}/{self.args.epochs}  test loss {loss:.4f}, "
+            f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
+        )
+        self.write(
+            "eval",
+            epoch=epochs_done - 1,
+            global_step=global_step,
+            loss=loss,
+            accuracy=correct / total,
+            correct=correct,
+            total=total,
+        )
+
+    def end(self, global_step: int) -> None:
+        """Report the speed of the training steps (evaluation left out), and whether the data was a fallback."""
+        rate = self.images / self.seconds if self.seconds else 0.0
+        self.say(f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s")
+        self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
+        if self.data.fallback:
+            warn(self.data.fallback)
+        if self.metrics:
+            self.metrics.close()
