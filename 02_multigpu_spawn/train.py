@@ -3,7 +3,7 @@
     python 02_multigpu_spawn/train.py --world-size 2                        # MNIST, three epochs
     python 02_multigpu_spawn/train.py --world-size 2 --num-samples 10240    # synthetic digits, no download
 
-Each process sees its own part of every batch. DDP averages the gradients, so that all copies take the same step.
+Each process sees its own part of every batch; DDP averages the gradients, so all copies take the same step.
 """
 
 import gc
@@ -21,9 +21,7 @@ from common.options import make_parser, pick_device, whole_number
 
 def parse_args():
     parser = make_parser(__file__, __doc__)
-    parser.add_argument(
-        "--world-size", type=whole_number, metavar="N", help="processes (one per GPU, else 2)"
-    )
+    parser.add_argument("--world-size", type=whole_number, metavar="N", help="processes (GPUs, else 2)")
     return parser.parse_args()
 
 
@@ -47,7 +45,6 @@ def setup(rank, port, args):
     """Make this process one of `--world-size` ranks; returns its device."""
     os.environ["LOCAL_RANK"] = str(rank)  # as torchrun will; `common` prints errors on local rank 0 only
     device = pick_device(args.use_gpu, rank, args.world_size)
-    torch.set_num_threads(max(1, os.cpu_count() // args.world_size))  # more would fight for the cores
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         store=dist.TCPStore("127.0.0.1", port, is_master=False),
@@ -60,7 +57,7 @@ def setup(rank, port, args):
 
 
 def cleanup():
-    """Leave the process group. What DDP still holds by then can abort the process at exit, so drop it first."""
+    """Leave the process group. DDP must be gone by then, or the process can abort when it exits."""
     if error := sys.exception():
         traceback.clear_frames(error.__traceback__)
     gc.collect()
@@ -194,6 +191,8 @@ def worker(rank, port, args):
 def spawn(args):
     gpus = 0 if args.use_gpu == 0 else torch.cuda.device_count()
     args.world_size = args.world_size or gpus or 2
+    # Threads per rank, read when a worker imports torch: more than its share would fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.world_size)))
     # The ranks meet in this store. Port 0 lets the OS choose a free one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     try:

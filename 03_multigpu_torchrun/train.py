@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py                        # MNIST
     torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240    # synthetic
 
-With restarts, which go on from the newest snapshot. The variable makes restarted ranks meet in a store of their
-own; in the one that they share with torchrun by default they find the addresses of the dead, and can hang.
+With restarts, which go on from the newest snapshot. The variable makes the restarted ranks meet in a store of
+their own: in the one they share with torchrun by default they find the addresses of the dead, and can hang.
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node=2 --max-restarts=3 \\
         03_multigpu_torchrun/train.py --save-every 100
@@ -50,10 +50,7 @@ from common.reporting import LOG_EVERY, Reporter
 
 def setup(args):
     """Make this process one of the ranks that torchrun has started; returns its device."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-    device = pick_device(args.use_gpu, local_rank, local_world_size)
-    torch.set_num_threads(max(1, os.cpu_count() // local_world_size))  # more would fight for the cores
+    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
         backend="nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=2),  # by default, ranks wait 10 or 30 minutes for one that is stuck
@@ -63,7 +60,7 @@ def setup(args):
 
 
 def cleanup():
-    """Leave the process group. What DDP still holds by then can abort the process at exit, so drop it first."""
+    """Leave the process group. DDP must be gone by then, or the process can abort when it exits."""
     if error := sys.exception():
         traceback.clear_frames(error.__traceback__)
     gc.collect()

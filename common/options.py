@@ -37,11 +37,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)")
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         words = sys.argv[1:] if args is None else args
         # Only the flag's name: an underscore behind "=" belongs to the value.
         words = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in words]
-        return super().parse_args(words, namespace)
+        return super().parse_known_args(words, namespace)
 
 
 def whole_number(text: str) -> int:

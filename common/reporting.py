@@ -5,17 +5,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.mnist import Digits
 from common.options import fail, warn
 
-LOG_EVERY = 100  # steps between two reports; each one waits for the device once
+LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a report, and only there
 
 
 class Reporter:
@@ -29,7 +30,8 @@ class Reporter:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.args, self.data, self.rank, self.world_size = args, data, rank, world_size
+        """Announce the run. `fail`s when `data` is smaller than a global batch."""
+        self.args, self.data, self.rank = args, data, rank
         self.global_batch = args.batch_size * world_size
         if self.global_batch > len(data):
             fail(f"a step takes {self.global_batch} images, {data.name} has {len(data)}: lower --batch-size")
@@ -37,8 +39,8 @@ class Reporter:
         self.images, self.seconds, self.mark = 0, 0.0, 0.0
         self.metrics = self.open_metrics() if rank == 0 and args.metrics else None
         self.say(
-            f"{args.step}: {args.model} on {data.name} ({len(data):,} images), {device.type}, {args.precision}, "
-            f"{world_size} × batch {args.batch_size} = {self.global_batch} images a step, "
+            f"{args.step}: {args.model} on {data.name}, {device.type}, {args.precision}, {world_size} × "
+            f"batch {args.batch_size} = {self.global_batch} images a step, "
             f"{args.epochs} epochs of {len(data) // self.global_batch} steps"
         )
         self.detail(
@@ -46,14 +48,15 @@ class Reporter:
             f"{torch.get_num_threads()} threads, pid {os.getpid()}"
         )
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        self.write(
-            "start",
-            **{**flags, "world_size": world_size, "device": device.type},
-            dataset=data.name,
-            train_samples=len(data),
-        )
+        run = {
+            "world_size": world_size,
+            "device": device.type,
+            "dataset": data.name,
+            "train_samples": len(data),
+        }
+        self.write("start", **{**flags, **run})
 
-    def open_metrics(self) -> Any:
+    def open_metrics(self) -> TextIO:
         """The metrics file, open for appending: a resumed run goes on in the same file."""
         try:
             self.args.metrics.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +75,8 @@ class Reporter:
             self.print(f"[rank {self.rank}] {line}")
 
     def print(self, line: str) -> None:
-        # One write a line: ranks share the terminal, and would print into each other's lines.
-        tqdm.write(line + "\n", file=sys.stdout, end="")
+        # Line end included in one write: ranks share the terminal, and print into each other's lines.
+        tqdm.write(f"{line}\n", file=sys.stdout, end="")
         sys.stdout.flush()
 
     def write(self, event: str, **values: Any) -> None:
@@ -81,17 +84,19 @@ class Reporter:
         if self.metrics:
             print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
 
-    def progress(self, loader: Iterable[Any], epoch: int) -> Iterator[Any]:
+    def progress(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
         """The batches of `loader`, with a progress bar when rank 0's output is a terminal."""
-        self.mark = time.perf_counter()
+        shard = len(loader.sampler)  # type: ignore[arg-type]
+        self.detail(f"epoch {epoch + 1}: {shard:,} images in this rank's shard, {len(loader):,} batches")
         self.bar = tqdm(
             loader,
             desc=f"epoch {epoch + 1}/{self.args.epochs}",
-            unit="step",
+            unit=" steps",
             leave=False,
             file=sys.stdout,
             disable=self.rank != 0 or not sys.stdout.isatty(),
         )
+        self.mark = time.perf_counter()
         return iter(self.bar)
 
     def train(self, epoch: int, global_step: int, losses: list[float]) -> None:
@@ -100,37 +105,34 @@ class Reporter:
         images, seconds, self.mark = len(losses) * self.global_batch, now - self.mark, now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         loss, rate = sum(losses) / len(losses), images / seconds
-        line = (
-            f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}  loss {loss:.4f}  {rate:,.0f} images/s"
-        )
+        status = f"loss {loss:.4f}  {rate:,.0f} images/s"
         if self.bar is None or self.bar.disable:
-            self.say(line)
+            self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}  {status}")
         else:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} images/s")
-        self.write(
-            "train", epoch=epoch, global_step=global_step, loss=loss, images_per_s=round(rate), losses=losses
-        )
+            self.bar.set_postfix_str(status)
+        self.detail(f"step {global_step}: {len(losses)} batches of {self.args.batch_size} in {seconds:.2f} s")
+        numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
+        self.write("train", epoch=epoch, global_step=global_step, **numbers)
 
     def evaluation(self, epochs_done: int, global_step: int, loss: float, correct: int, total: int) -> None:
-        """Report the test set's result: mean loss, and how many of `total` images were `correct`."""
+        """Report the test set's result: the mean loss, and how many of `total` images were `correct`."""
         self.say(
             f"epoch {epochs_done}/{self.args.epochs}  test loss {loss:.4f}, "
             f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
         )
-        self.write(
-            "eval",
-            epoch=epochs_done - 1,
-            global_step=global_step,
-            loss=loss,
-            accuracy=correct / total,
-            correct=correct,
-            total=total,
-        )
+        numbers = {"loss": loss, "accuracy": correct / total, "correct": correct, "total": total}
+        self.write("eval", epoch=epochs_done - 1, global_step=global_step, **numbers)
 
     def end(self, global_step: int) -> None:
-        """Report the speed of the training steps (evaluation left out), and whether the data was a fallback."""
-        rate = self.images / self.seconds if self.seconds else 0.0
-        self.say(f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s")
+        """Report the speed of the training steps, evaluation left out, and a fallback of the data."""
+        rate = self.images / self.seconds if self.images else 0.0
+        if self.images:
+            self.say(
+                f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s"
+            )
+        else:
+            folder = self.args.snapshot_dir
+            self.say(f"nothing left to train: raise --epochs, or delete {folder} to start afresh")
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.data.fallback:
             warn(self.data.fallback)

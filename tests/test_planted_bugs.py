@@ -1,0 +1,58 @@
+"""The mistakes that distributed training scripts make most: each must turn the comparison red."""
+
+import shutil
+
+import pytest
+from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, disagreements, train
+
+GROWN = [step for step in FOLDERS if step != "01"]
+
+# name: (line of train.py, what a wrong script has instead, what must be found to disagree)
+BUGS = {
+    "every epoch in the same order": ("self.sampler.set_epoch(self.epoch)", "pass", "weights"),
+    "gradients summed, not averaged": (
+        "loss.backward()",
+        "(loss * self.world_size).backward()",
+        "weights",
+    ),
+    "gradients not averaged at all": (
+        "F.cross_entropy(self.ddp_model(images), labels)",
+        "F.cross_entropy(self.model(images), labels)",
+        "weights",
+    ),
+    "the logged loss is rank 0's": ("dist.all_reduce(losses)", "losses *= self.world_size", "losses"),
+    "evaluation is padded": (
+        "part = range(self.rank, len(self.test_data), self.world_size)",
+        "part = DistributedSampler(self.test_data, shuffle=False)",
+        "evaluation",
+    ),
+    "evaluation drops the tail": (
+        "batch_size=1000, sampler=part",
+        "batch_size=10, drop_last=True, sampler=part",
+        "evaluation",
+    ),
+    "evaluation is rank 0's": ("dist.all_reduce(totals)", "pass", "evaluation"),
+    "every rank trains on all the data": (
+        "DistributedSampler(train_data,",
+        "DistributedSampler(train_data, 1, 0,",
+        "weights",
+    ),
+    "no seed": ("torch.manual_seed(args.seed)", "pass", "weights"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_seen(proof, tmp_path, bug):
+    # All steps from 02 on have these lines alike: each bug is planted in one of them, in turn.
+    step = GROWN[list(BUGS).index(bug) % len(GROWN)]
+    right, wrong, symptom = BUGS[bug]
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    source = (ROOT / FOLDERS[step] / "train.py").read_text()
+    assert source.count(right) == 1, f"step {step} has no line to plant '{bug}' in"
+    (tmp_path / FOLDERS[step]).mkdir()
+    (tmp_path / FOLDERS[step] / "train.py").write_text(source.replace(right, wrong))
+    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 3}"]
+    run = train(step, 3, tmp_path / "run", *flags, root=tmp_path)
+    found = disagreements(run, proof("01"))
+    print(f"step {step}, {bug}: {found}")
+    assert symptom in found
