@@ -10,6 +10,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -26,6 +27,8 @@ FILES = {
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+
+FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
 
 
 class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -51,7 +54,7 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.images[rows], self.labels[rows]
 
 
-def keep_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def keep_batch(batch: Any) -> Any:
     """DataLoader's `collate_fn` for `Digits`: `__getitems__` has already made the batch."""
     return batch
 
@@ -71,7 +74,9 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
     raw = data_dir / "MNIST" / "raw"
     problem = download(data_dir, raw)
     if problem:
-        return synthetic(60_000, f"MNIST could not be downloaded ({problem}), so these are synthetic digits")
+        return synthetic(
+            FALLBACK, f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
+        )
     train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
     return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
 

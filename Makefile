@@ -1,0 +1,36 @@
+# make train  installs what is needed into .venv, trains the steps on MNIST and compares them
+# make test   the same for the tests
+# Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
+
+PYTHON ?= python3
+DATA_DIR ?= data
+VENV := .venv/bin
+
+.PHONY: train test bench lint clean
+
+train: .venv/installed
+	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
+
+test: .venv/installed-dev
+	$(VENV)/python -m pytest --data-dir $(DATA_DIR) $(ARGS)
+
+bench: .venv/installed
+	$(VENV)/python benchmarks/overhead.py --data-dir $(DATA_DIR) $(ARGS)
+
+lint: .venv/installed-dev
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+
+clean:
+	rm -rf .venv checkpoints comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache
+
+# Touched last, so that an installation that was interrupted is done again.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(VENV)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@

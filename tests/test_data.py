@@ -1,0 +1,250 @@
+"""The data set: read right, downloaded once, and honest about what it is when there is no network."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import json
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, environment
+from torch.utils.data import DataLoader
+
+from common import mnist
+from common.synthetic import synthetic_digits
+
+
+@pytest.fixture(scope="session")
+def files():
+    """The four files of MNIST, byte for byte in its format and of its size, with synthetic digits in them."""
+    made = {}
+    for prefix, count in (("train", 60_000), ("t10k", 10_000)):
+        images, labels = synthetic_digits(200, seed=count)
+        images, labels = images.repeat(count // 200, 1, 1), labels.repeat(count // 200).to(torch.uint8)
+        header = struct.pack(">IIII", 0x0803, count, 28, 28)
+        made[f"{prefix}-images-idx3-ubyte"] = header + images.numpy().tobytes()
+        made[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">II", 0x0801, count) + labels.numpy().tobytes()
+    return made
+
+
+@pytest.fixture
+def data_dir(files, tmp_path):
+    """A folder with those files in it."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def packed(files):
+    return {f"{name}.gz": gzip.compress(content, 1) for name, content in files.items()}
+
+
+@pytest.fixture
+def mirror(packed):
+    """An HTTP server with the packed files; `server.asked` counts the GET requests, `server.down` refuses."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            content = packed[self.path.lstrip("/")]
+            if self.server.down:
+                self.send_error(503)
+                return b""
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            return content
+
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.server.asked[self.path] += 1
+            with contextlib.suppress(ConnectionError):  # torchvision's redirect check hangs up early
+                self.wfile.write(self.answer())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.down = Counter(), False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+# What a process does that starts on an empty data folder: torchvision's mirrors are the local
+# server, and nobody begins before all have imported what they need.
+PROCESS = """
+import json, sys
+from pathlib import Path
+import torchvision.datasets
+from common import mnist
+
+mirror, md5 = sys.argv[2], json.loads(sys.argv[3])
+torchvision.datasets.MNIST.mirrors = [mirror]
+torchvision.datasets.MNIST.resources = list(md5.items())
+mnist.FALLBACK = 600
+print("ready", flush=True)
+sys.stdin.readline()
+train, test = mnist.load_mnist(Path(sys.argv[1]))
+print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
+"""
+
+
+def at_once(count, folder, mirror, packed):
+    """Start `count` processes together on `folder`; status, output and stderr of each."""
+    url = f"http://127.0.0.1:{mirror.server_address[1]}/"
+    md5 = json.dumps({name: hashlib.md5(content).hexdigest() for name, content in packed.items()})
+    words = [sys.executable, "-c", PROCESS, str(folder), url, md5]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen(words, text=True, cwd=ROOT, env=environment(PYTHONPATH="."), **pipes)
+        for _ in range(count)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.communicate()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        results.append((process.returncode, out, err))
+        print(process.returncode, out, err[-300:])
+    return results
+
+
+def test_three_processes_download_once(tmp_path, mirror, packed):
+    results = at_once(3, tmp_path / "data", mirror, packed)
+    print(dict(mirror.asked))
+    assert [status for status, _, _ in results] == [0, 0, 0]
+    assert len({out for _, out, _ in results}) == 1
+    assert results[0][1].startswith("mnist|60000|10000|")
+    # Two requests a download: torchvision asks for redirects first.
+    assert mirror.asked == {f"/{name}": 2 for name in packed}
+    assert sorted(path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()) == sorted(
+        mnist.FILES
+    )
+
+
+def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed):
+    mirror.down = True
+    results = at_once(3, tmp_path / "data", mirror, packed)
+    assert len({(status, out) for status, out, _ in results}) == 1
+    assert "synthetic-600|600|100|" in results[0][1]
+    for _, out, err in results:
+        warning = err.splitlines()[-1]
+        assert warning.startswith("warning: MNIST could not be downloaded (HTTP Error 503")
+        assert "HTTP Error 503" in out  # and the data set carries it, for the last line of the run
+    # When the mirror is back, the next start does not go by the old failure.
+    mirror.down = False
+    [(status, out, _)] = at_once(1, tmp_path / "data", mirror, packed)
+    assert status == 0 and "mnist|60000" in out
+
+
+def test_an_unusable_folder_gives_every_process_the_same_line(tmp_path, mirror, packed):
+    (tmp_path / "data").write_text("a file")
+    results = at_once(3, tmp_path / "data", mirror, packed)
+    lines = {err for _, _, err in results}
+    assert [status for status, _, _ in results] == [2, 2, 2]
+    assert len(lines) == 1 and lines.pop().startswith("error: cannot download MNIST to ")
+
+
+def test_offline_says_so_at_the_start_and_in_the_last_line(tmp_path):
+    process = f"""
+import runpy, sys
+import torchvision.datasets
+from common import mnist
+torchvision.datasets.MNIST.mirrors = ["http://127.0.0.1:1/"]  # nobody listens there
+mnist.FALLBACK = 640
+sys.argv = ["train.py", "--epochs=1", "--data-dir={tmp_path}/data", "--snapshot-dir={tmp_path}/snapshots"]
+runpy.run_path("01_single_gpu/train.py", run_name="__main__")
+"""
+    words = [sys.executable, "-c", process]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(PYTHONPATH="."))
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert "01_single_gpu: cnn on synthetic-640" in done.stdout
+    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+    assert first == last
+    assert first.startswith("warning: MNIST could not be downloaded (") and "Connection refused" in first
+
+
+def test_a_whole_batch_is_what_single_images_make(data_dir):
+    train, test = mnist.load_mnist(data_dir)
+    assert train.images.dtype == torch.uint8 and train.images.shape == (60_000, 28, 28)
+    assert train.labels.dtype == torch.int64 and train.labels.shape == (60_000,)
+    assert test.images.shape == (10_000, 28, 28) and train.name == "mnist" and not train.fallback
+    indices = [59_999, 0, 7, 7]
+    loader = DataLoader(train, batch_size=4, sampler=indices, collate_fn=mnist.keep_batch)
+    images, labels = next(iter(loader))
+    assert torch.equal(images, torch.stack([train[i][0] for i in indices]))
+    assert torch.equal(labels, torch.stack([train[i][1] for i in indices]))
+
+
+def test_it_reads_what_torchvision_reads(data_dir):
+    from torchvision.datasets import MNIST
+
+    for ours, theirs in zip(mnist.load_mnist(data_dir), (True, False), strict=True):
+        reference = MNIST(data_dir, train=theirs)
+        assert torch.equal(ours.images, reference.data) and torch.equal(ours.labels, reference.targets)
+
+
+def test_it_reads_the_real_mnist(mnist_dir):
+    train, test = mnist.load_mnist(mnist_dir)
+    counts = train.labels.bincount().tolist()
+    mean, std = (train.images / 255).mean().item(), (train.images / 255).std().item()
+    print(f"labels {counts}, mean {mean:.4f}, standard deviation {std:.4f}")
+    # The counts that the data set's authors publish, and the constants in common/models.py.
+    assert counts == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert (round(mean, 4), round(std, 4)) == (0.1307, 0.3081)
+    assert len(test) == 10_000
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def wrong_header(path):
+    path.write_bytes(b"\x89PNG" + path.read_bytes()[4:])
+
+
+def wrong_label(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
+
+
+DAMAGE = [(name, harm) for name in mnist.FILES for harm in (cut, wrong_header)]
+DAMAGE += [(name, wrong_label) for name in mnist.FILES if "labels" in name]
+
+
+@pytest.mark.parametrize(("name", "harm"), DAMAGE, ids=lambda value: getattr(value, "__name__", value))
+def test_a_damaged_file_is_named(data_dir, capsys, name, harm):
+    path = data_dir / "MNIST" / "raw" / name
+    harm(path)
+    with pytest.raises(SystemExit) as stopped:
+        mnist.load_mnist(data_dir)
+    err = capsys.readouterr().err
+    print(err)
+    assert stopped.value.code == 2
+    assert err.startswith(f"error: {path} is damaged: ") and err.count("\n") == 1
+    assert "delete" in err and path.exists()
+
+
+def test_synthetic_sizes():
+    train, test = mnist.load_mnist(Path("unused"), num_samples=1291)
+    assert (len(train), len(test), train.name) == (1291, 215, "synthetic-1291")
+    assert not torch.equal(train.images[:215], test.images)
+    assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1

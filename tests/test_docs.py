@@ -1,0 +1,162 @@
+"""What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say."""
+
+import difflib
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import FOLDERS, ROOT, environment, finish, start
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / name / "README.md" for name in FOLDERS.values()),
+]
+STEPS = list(FOLDERS)
+
+
+def fences(page, language):
+    """The contents of a page's code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands(page):
+    return [line for block in fences(page, "bash") for line in block.splitlines() if line]
+
+
+BY_HAND = [
+    line for page in PAGES for line in commands(page) if line.startswith(("python3 -m venv", ".venv/"))
+]
+MAKE = [line for page in PAGES for line in commands(page) if line.startswith(("make ", "bash .ci/run"))]
+RUN = [
+    pytest.param(page, i, line, id=f"{page.parent.name if page.parent != ROOT else 'top'}-{i}")
+    for page in PAGES
+    for i, line in enumerate(commands(page))
+    if line not in BY_HAND + MAKE
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the files that the commands need, to run them in."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ["common", "compare_steps.py", *FOLDERS.values()]:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("page", "i", "line"), RUN)
+def test_a_command_runs_as_written(checkout, page, i, line):
+    if "train.py" in line and "--num-samples" not in line and not line.startswith("diff"):
+        line += " --num-samples 2048 --epochs 1"  # the whole of MNIST takes a minute; `make train` does that
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    status, out, err = finish(start(["bash", "-c", line], checkout, PATH=path))
+    print(f"$ {line}\n{out}\n{err}")
+    # `diff` exits with 1 when there are differences, which is the point.
+    assert status == (1 if line.startswith("diff ") else 0)
+    if "train.py" in line and not line.startswith("diff"):
+        assert "test loss" in out and "done: " in out
+
+
+def test_the_commands_by_hand_are_those_of_make():
+    words = ["make", "--dry-run", "--always-make", "train"]
+    printed = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    print(printed, BY_HAND)
+    assert len(BY_HAND) == 3
+    assert [line.strip() for line in printed if not line.startswith("touch")] == BY_HAND
+
+
+def test_ci_runs_the_make_commands():
+    ci = (ROOT / ".ci" / "run").read_text()
+    targets = {line.split()[1] for line in MAKE if line.startswith("make ")}
+    print(targets)
+    assert targets == {"train", "test", "lint"}
+    assert all(f"make {target}" in ci for target in targets)
+
+
+def changed(lines):
+    """The lines that a diff takes out and puts in, counted, blank ones left out."""
+    return Counter(line for line in lines if re.match(r"[+-](?![+-]{2} )\s*\S", line))
+
+
+def code(step):
+    """A script's lines behind its docstring."""
+    return (ROOT / FOLDERS[step] / "train.py").read_text().split('"""\n', 1)[1].splitlines()
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(STEPS)))
+def test_a_steps_readme_shows_its_whole_diff(before, after):
+    real = changed(difflib.unified_diff(code(before), code(after), n=0, lineterm=""))
+    page = ROOT / FOLDERS[after] / "README.md"
+    shown = changed(line for block in fences(page, "diff") for line in block.splitlines())
+    # A line that only moved may be shown on both sides, or on none: what counts is the balance.
+    missing, stale = real - shown, shown - real
+    print(f"{before} to {after}: {sum(real.values())} changed lines")
+    for line in sorted(missing):
+        print(f"  not explained: {line}")
+    for line in sorted(stale):
+        print(f"  not in the diff: {line}")
+    assert not missing and not stale
+
+
+def test_the_ladder_gives_the_sizes():
+    page = (ROOT / "README.md").read_text()
+    sizes = {"01": f"{len((ROOT / FOLDERS['01'] / 'train.py').read_text().splitlines())}"}
+    for before, after in itertools.pairwise(STEPS):
+        files = [(ROOT / FOLDERS[step] / "train.py").read_text().splitlines() for step in (before, after)]
+        lines = list(difflib.unified_diff(*files, n=0, lineterm=""))[2:]
+        plus, minus = (sum(line.startswith(sign) for line in lines) for sign in "+-")
+        sizes[after] = f"+{plus} −{minus}"
+    print(sizes)
+    for step, size in sizes.items():
+        assert re.search(rf"^\| \[{step} .*\| {re.escape(size)} \|", page, re.M), (step, size)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_to_what_they_name(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text)
+    for name, target in links:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if line := re.fullmatch(r"L(\d+)", anchor):
+            found = file.read_text().splitlines()[int(line[1]) - 1]
+            assert name.strip("`") in found, f"{target} is '{found.strip()}', not {name}"
+        elif anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, target
+    print(f"{len(links)} links")
+
+
+def test_the_scripts_have_one_skeleton():
+    """Classes and functions that two neighbours share stand in the same order."""
+    for before, after in itertools.pairwise(STEPS):
+        names = [
+            re.findall(r"^\s*(?:def|class) (\w+)", "\n".join(code(step)), re.M) for step in (before, after)
+        ]
+        shared = [[name for name in some if name in names[0] and name in names[1]] for some in names]
+        print(f"{before} and {after} share {shared[0]}")
+        assert shared[0] == shared[1]
+        assert len(shared[0]) >= 9
+
+
+def test_every_page_closes_its_fences():
+    for page in PAGES:
+        assert len(re.findall(r"^```", page.read_text(), re.M)) % 2 == 0, page
+
+
+def test_the_environment_is_this_python():
+    """The commands above run with the interpreter that runs the tests, not with another one on the PATH."""
+    words = ["bash", "-c", "command -v python torchrun"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    out = subprocess.run(words, capture_output=True, text=True, env=environment(PATH=path), check=True).stdout
+    assert {str(Path(line).parent) for line in out.split()} == {str(Path(sys.executable).parent)}

@@ -1,0 +1,64 @@
+"""The models: uint8 in, logits out, every weight learns."""
+
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.models import MODELS, build_model
+from common.synthetic import synthetic_digits
+
+
+def build(name, precision="float32"):
+    torch.manual_seed(0)
+    return build_model(argparse.Namespace(model=name, precision=precision, compile=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("float64", torch.float64), ("bf16", torch.float32)]
+)
+def test_uint8_images_give_logits_in_the_precision_asked_for(name, precision, dtype):
+    images, _ = synthetic_digits(4, seed=0)
+    logits = build(name, precision)(images)
+    assert logits.shape == (4, 10) and logits.dtype == dtype
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    """A public series trains a model whose gradients are zero, and nobody noticed."""
+    model = build(name)
+    optimizer = torch.optim.AdamW(model.parameters())
+    images, labels = synthetic_digits(64, seed=0)
+    for _ in range(2):  # the vit's last layer starts at zero and hides the others from the first step
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    dead = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, without gradient: {dead}")
+    assert dead == []
+
+
+@pytest.mark.parametrize(("name", "count"), [("cnn", 206_922), ("resnet18", 11_175_370)])
+def test_the_sizes_that_the_docstrings_give(name, count):
+    assert sum(parameter.numel() for parameter in build(name).parameters()) == count
+    assert f"{count:,}" in MODELS[name].__doc__
+
+
+@pytest.mark.parametrize("name", ["cnn", "vit"])
+def test_a_samples_result_does_not_depend_on_its_batch(name):
+    """What makes steps comparable across world sizes: no batch norm, no dropout."""
+    model = build(name, "float64").train()
+    images, _ = synthetic_digits(6, seed=0)
+    together, apart = model(images), torch.cat([model(part) for part in images.split(2)])
+    difference = (together - apart).abs().max().item()
+    print(f"{name}: {difference:.1e}")
+    assert difference < 1e-12  # float64 rounding; batch norm would differ at 1e-1
+    assert not list(model.buffers())
+
+
+def test_compile_keeps_the_names_of_the_weights():
+    plain = build("cnn").state_dict().keys()
+    compiled = build_model(argparse.Namespace(model="cnn", precision="float32", compile=True))
+    assert compiled.state_dict().keys() == plain

@@ -1,0 +1,142 @@
+"""Flags: answered at once, one line when wrong, exit status 2."""
+
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import FOLDERS, ROOT, command, environment, finish, start
+
+SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "compare_steps.py"], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(("flags", "status"), [(["--help"], 0), (["--bad-flag-of-mine=1", "--epochs=0"], 2)])
+def test_help_and_bad_flags_are_answered_without_torch(script, flags, status):
+    words = [sys.executable, "-X", "importtime", str(script), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line]
+    print(f"{script.parent.name} {flags}: status {done.returncode}, {len(imported)} modules")
+    if script.name == "compare_steps.py" and status == 2:
+        pytest.skip("compare_steps.py hands flags it does not know to the steps, which reject them")
+    assert done.returncode == status
+    assert len(imported) > 20 and "torch" not in imported
+
+
+BAD = {
+    "--epochs=0": "--epochs: must be a whole number, 1 or more, not '0'",
+    "--epochs=-1": "--epochs: must be a whole number",
+    "--epochs=two": "--epochs: must be a whole number",
+    "--batch-size=1.5": "--batch-size: must be a whole number",
+    "--lr=0": "--lr: must be a number above 0, not '0'",
+    "--lr=nan": "--lr: must be a number above 0",
+    "--lr=inf": "--lr: must be a number above 0",
+    "--lr=fast": "--lr: must be a number above 0",
+    "--seed=-1": "--seed: must be a whole number from 0",
+    "--seed=4294967296": "--seed: must be a whole number from 0",
+    "--num-samples=0": "--num-samples: must be a whole number",
+    "--save-every=0": "--save-every: must be a whole number",
+    "--use-gpu=2": "--use-gpu: invalid choice: 2",
+    "--model=gpt": "--model: invalid choice: 'gpt'",
+    "--precision=float16": "--precision: invalid choice: 'float16'",
+    "--epoch=3": "unrecognized arguments: --epoch=3",  # no abbreviations: a typo is not another flag
+    "--num-samples=32": "a step takes 64 images, synthetic-32 has 32: lower --batch-size",
+    "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
+    "--metrics=/dev/null/x": "cannot write --metrics /dev/null/x",
+    "--snapshot-dir=/dev/null": "cannot write /dev/null/snapshot-00000002.pt",
+}
+
+
+@pytest.mark.parametrize("flag", BAD)
+def test_a_bad_flag_gets_one_line(tmp_path, flag):
+    samples = [] if flag.startswith(("--num-samples", "--data-dir")) else ["--num-samples=128"]
+    status, _, err = finish(start([*command("01", 1), *samples, "--epochs=1", flag], tmp_path))
+    print(status, err)
+    assert status == 2
+    assert err.count("\n") == 1 and err.startswith("error: ") and BAD[flag] in err
+
+
+@pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
+def test_several_ranks_print_an_error_once(tmp_path, step):
+    flags = ["--num-samples=32", "--batch-size=32"]
+    status, _, err = finish(start([*command(step, 2), *flags], tmp_path))
+    print(err)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status != 0
+    assert lines == ["error: a step takes 64 images, synthetic-32 has 32: lower --batch-size"]
+    if step == "02":
+        assert status == 2 and err.count("\n") == 1
+
+
+def test_underscores_work_in_flags_and_stay_in_values(tmp_path):
+    flags = ["--num_samples=128", "--batch_size", "64", "--epochs=1", "--snapshot_dir=my_snapshots"]
+    status, _, err = finish(start([*command("01", 1), *flags], tmp_path))
+    assert status == 0, err
+    assert (tmp_path / "my_snapshots" / "snapshot-00000002.pt").exists()
+
+
+def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
+    script = str(ROOT / FOLDERS["03"] / "train.py")
+    flags = ["--num-samples=128", "--batch-size=32", "--epochs=1", "--snapshot-dir=a folder"]
+    status, _, err = finish(start([sys.executable, script, *flags], tmp_path))
+    print(err)
+    assert status == 2 and err.count("\n") == 1
+    printed = shlex.split(err.split("use torchrun: ")[1])
+    assert printed[0] == "torchrun"
+    words = [sys.executable, "-m", "torch.distributed.run", *printed[1:]]
+    status, out, err = finish(start(words, tmp_path))
+    assert status == 0, err
+    assert "2 × batch 32 = 64 images a step" in out
+    assert (tmp_path / "a folder" / "snapshot-00000002.pt").exists()
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_use_gpu_1_without_cuda_warns_once_and_trains(tmp_path, step):
+    flags = ["--num-samples=128", "--batch-size=32", "--epochs=1", "--use-gpu=1"]
+    process = start([*command(step, 2), *flags], tmp_path, CUDA_VISIBLE_DEVICES="")
+    status, out, err = finish(process)
+    print(err)
+    assert status == 0
+    assert err.count("warning: --use-gpu 1, but CUDA is not available here: training on the CPU") == 1
+    assert ", cpu, float32" in out
+
+
+def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
+    flags = ["--num-samples=128", "--batch-size=32", "--epochs=1"]
+    (tmp_path / "other").mkdir()
+    first = start([*command("02", 2), *flags], tmp_path)
+    second = start([*command("02", 2), *flags], tmp_path / "other")
+    for process in (first, second):
+        status, out, err = finish(process)
+        assert status == 0, err
+        assert "done: 128 images" in out
+
+
+@pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
+def test_verbose_makes_every_rank_speak(tmp_path, step):
+    flags = ["--num-samples=128", "--batch-size=16", "--epochs=1"]
+    for verbose in ([], ["--verbose"]):
+        status, out, err = finish(start([*command(step, 3), *flags, *verbose], tmp_path))
+        assert status == 0, err
+        speaking = {rank for rank in range(3) if f"[rank {rank}]" in out}
+        print(f"step {step} {verbose}: ranks {speaking or 'none'} speak")
+        assert speaking == ({0, 1, 2} if verbose else set())
+        (tmp_path / "checkpoints").rename(tmp_path / f"old{len(verbose)}")
+    for rank in range(3):
+        assert f"[rank {rank}] local rank {rank}, world size 3, device cpu" in out
+        assert f"[rank {rank}] epoch 1: 42 images in this rank's shard, 2 batches" in out
+        assert f"[rank {rank}] step 2: 2 batches of 16" in out
+
+
+def test_a_bug_still_shows_its_traceback_under_torchrun(tmp_path):
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    (tmp_path / FOLDERS["03"]).mkdir()
+    source = (ROOT / FOLDERS["03"] / "train.py").read_text()
+    broken = source.replace("loss.backward()", "loss.backwards()")
+    (tmp_path / FOLDERS["03"] / "train.py").write_text(broken)
+    status, _, err = finish(start([*command("03", 2, tmp_path), "--num-samples=128"], tmp_path))
+    print(err[-1500:])
+    assert status == 1
+    assert "'Tensor' object has no attribute 'backwards'" in err
+    assert "destroy_process_group" not in err

@@ -1,0 +1,139 @@
+"""A run that is interrupted and started again ends where an uninterrupted one ends."""
+
+import os
+import re
+import select
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import FOLDERS, ROOT, command, disagreements, finish, largest_difference, start, train
+
+from common.snapshot import snapshots
+
+# 25 steps of 24 images an epoch, snapshots at 10, 20, 25, 30 … 75; the last three stay.
+FLAGS = ["--num-samples=601", "--epochs=3", "--precision=float64", "--save-every=10"]
+LAUNCHES = [(step, 1 if step == "01" else 2) for step in FOLDERS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of each step."""
+    return {
+        step: train(step, ranks, tmp_path_factory.mktemp(step), *FLAGS, f"--batch-size={24 // ranks}")
+        for step, ranks in LAUNCHES
+    }
+
+
+def interrupted(whole, folder, step):
+    """A folder as an interruption in the middle of the last epoch leaves it: snapshots up to step 60."""
+    shutil.copytree(whole[step].snapshot_dir, folder / "snapshots")
+    for path in snapshots(folder / "snapshots"):
+        if path.stem > "snapshot-00000060":
+            path.unlink()
+    assert snapshots(folder / "snapshots")[0].stem == "snapshot-00000060"
+
+
+@pytest.mark.parametrize(("step", "ranks"), LAUNCHES)
+def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, step, ranks):
+    interrupted(whole, tmp_path, step)
+    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
+    difference = largest_difference(run.weights, whole[step].weights)
+    print(f"{run.name}, resumed after step 60 of 75: {len(run.losses)} steps, weights {difference}")
+    assert len(run.losses) == 15
+    assert difference == 0.0
+    assert run.test == whole[step].test
+
+
+def test_resumed_at_another_world_size(whole, tmp_path):
+    interrupted(whole, tmp_path, "02")
+    run = train("03", 3, tmp_path, *FLAGS, "--batch-size=8")
+    run.events = whole["01"].events[:-3] + run.events  # the losses up to step 50 and what came after
+    difference = largest_difference(run.weights, whole["01"].weights)
+    print(f"2 ranks up to step 60, 3 ranks from there: weights {difference:.1e} from step 01's")
+    assert difference <= 1e-10  # as in disagreements()
+    assert run.test["correct"] == whole["01"].test["correct"]
+
+
+def test_one_epoch_with_each_step_is_three_epochs_of_step_01(whole, tmp_path):
+    """One snapshot format for all: the folder is handed on from step to step."""
+    ladder = [("01", 1), ("02", 2), ("03", 3)]
+    for epoch, (step, ranks) in enumerate(ladder, start=1):
+        run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={24 // ranks}")
+    run.name = "an epoch each of 01, 02 and 03"
+    assert disagreements(run, whole["01"]) == []
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
+    shutil.copytree(whole["01"].snapshot_dir, tmp_path / "snapshots")
+    before = {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
+    status, out, err = finish(start([*command("01", 1), *FLAGS, "--snapshot-dir=snapshots"], tmp_path))
+    print(out, err)
+    assert status == 1 - 1 and "nothing left to train: raise --epochs, or delete snapshots" in out
+    assert before == {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
+
+
+def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path):
+    interrupted(whole, tmp_path, "01")
+    run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", "--lr=0.5")
+    assert [group["lr"] for group in run.state["optimizer"]["param_groups"]] == [0.5]
+
+
+# A resume must fail to reproduce the run when something is missing from the snapshot.
+FORGOTTEN = {
+    "the optimizer": ('self.optimizer.load_state_dict(state["optimizer"])', "pass"),
+    "the place in the epoch": ('self.samples_seen = state["samples_seen"]', "self.samples_seen = 0"),
+    "the epoch": ('self.epoch = state["epoch"]', 'self.epoch = state["epoch"] - 1'),
+    "the weights": ('self.model.load_state_dict(state["model"])', "pass"),
+}
+
+
+@pytest.mark.parametrize("forgotten", FORGOTTEN)
+def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
+    right, wrong = FORGOTTEN[forgotten]
+    source = (ROOT / "01_single_gpu" / "train.py").read_text()
+    assert source.count(right) == 1
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    (tmp_path / "01_single_gpu").mkdir()
+    (tmp_path / "01_single_gpu" / "train.py").write_text(source.replace(right, wrong))
+    interrupted(whole, tmp_path, "01")
+    run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", root=tmp_path)
+    difference = largest_difference(run.weights, whole["01"].weights)
+    print(f"without {forgotten}: {len(run.losses)} steps, weights {difference:.1e}")
+    assert difference > 1e-10 or len(run.losses) != 15
+
+
+def read_until(process, pattern, seconds=120):
+    """Read a process's output up to the first match of `pattern`, and return the match."""
+    text, end = "", time.monotonic() + seconds
+    while time.monotonic() < end:
+        if select.select([process.stdout], [], [], 1)[0]:
+            text += os.read(process.stdout.fileno(), 65536).decode()
+        if match := re.search(pattern, text):
+            return match
+    raise AssertionError(f"{pattern!r} did not come within {seconds} s:\n{text}")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim):
+    """SIGKILL to one rank in the middle: torchrun starts both again, from the newest snapshot."""
+    words = command("03", 2)
+    words.insert(words.index("--standalone"), "--max-restarts=3")
+    flags = [*FLAGS, "--batch-size=12", "--snapshot-dir=snapshots", "--verbose", "--use-gpu=0"]
+    # The last --save-every counts. A snapshot at each step: whenever the kill comes, one is fresh.
+    process = start([*words, *flags, "--save-every=1"], tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    try:
+        pid = int(read_until(process, rf"\[rank {victim}\].* pid (\d+)")[1])
+        while not any(path.stem >= "snapshot-00000030" for path in snapshots(tmp_path / "snapshots")):
+            assert process.poll() is None, "it ended before it could be killed"
+            os.sched_yield()
+        os.kill(pid, signal.SIGKILL)
+    finally:
+        status, out, err = finish(process)
+    print(f"rank {victim} killed; torchrun ended with {status}\n{out}")
+    assert status == 0, err
+    assert "resumed from snapshots" in out
+    weights = torch.load(snapshots(tmp_path / "snapshots")[0], weights_only=True)["model"]
+    assert largest_difference(weights, whole["03"].weights) == 0.0
