@@ -32,7 +32,10 @@ def warn(message: str) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that answers a bad flag with one line and takes `--batch_size` for `--batch-size`."""
+    """An ArgumentParser that answers a bad flag with one line and takes `--batch_size` for `--batch-size`.
+
+    It fills in the default of `--snapshot-dir`, which depends on other flags.
+    """
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)")
@@ -41,7 +44,12 @@ class OneLineParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Only the flag's name: an underscore behind "=" belongs to the value.
         words = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in words]
-        return super().parse_known_args(words, namespace)
+        parsed, rest = super().parse_known_args(words, namespace)
+        if "snapshot_dir" in parsed and parsed.snapshot_dir is None:
+            # Runs with another model or data set cannot go on from each other's snapshots.
+            data = f"synthetic-{parsed.num_samples}" if parsed.num_samples else "mnist"
+            parsed.snapshot_dir = Path("checkpoints", parsed.step, f"{parsed.model}-{data}")
+        return parsed, rest
 
 
 def whole_number(text: str) -> int:
@@ -92,9 +100,8 @@ def make_parser(script: str, description: str) -> OneLineParser:
     add(
         "--snapshot-dir",
         type=Path,
-        default=Path("checkpoints", step),
         metavar="DIR",
-        help=f"a run resumes from the newest snapshot in here (checkpoints/{step})",
+        help=f"a run resumes from the newest snapshot in here (checkpoints/{step}/MODEL-DATA)",
     )
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")

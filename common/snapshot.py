@@ -48,7 +48,8 @@ def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
 
     Returns the file's path. `fail`s if it cannot be written; the snapshots before it are untouched.
     """
-    folder, path = args.snapshot_dir, args.snapshot_dir / f"snapshot-{state['global_step']:08d}.pt"
+    folder = args.snapshot_dir
+    path = folder / f"snapshot-{state['global_step']:08d}.pt"
     state = {**state, **identity(args, dataset), "batch_size": args.batch_size, "rng": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda_rng"] = torch.cuda.get_rng_state()
@@ -57,7 +58,6 @@ def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
     torch.save(state, content)
     temporary = folder / f".{path.name}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -101,8 +101,15 @@ def load_newest(args: argparse.Namespace, dataset: str) -> dict[str, Any] | None
 
     A damaged file is reported by name and the one before it is taken. `fail`s when none is whole
     (rather than start afresh over them), and when the snapshot is of another model, data set,
-    precision, seed or format than this run.
+    precision, seed or format than this run. Makes the folder, and `fail`s when it cannot be written.
     """
+    # Now rather than after an hour of training: can snapshots be written here?
+    try:
+        args.snapshot_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder {args.snapshot_dir}: {error.strerror}; choose another --snapshot-dir")
+    if not os.access(args.snapshot_dir, os.W_OK):
+        fail(f"cannot write to {args.snapshot_dir}: make it writable or choose another --snapshot-dir")
     paths = snapshots(args.snapshot_dir)
     if not paths:
         return None

@@ -130,13 +130,16 @@ def disagreements(run: Run, reference: Run, tolerance: float = 1e-10) -> list[st
     moments makes up to 1e-11 of it in 100 steps. A wrong gradient is seen at 1e-4 and more.
     """
     weights = largest_difference(run.weights, reference.weights)
-    losses = (run.losses - reference.losses).abs().max().item()
+    steps = min(len(run.losses), len(reference.losses))
+    losses = (run.losses[:steps] - reference.losses[:steps]).abs().max().item()
     tests = [(one.test["correct"], one.test["total"]) for one in (run, reference)]
     print(
-        f"{run.name} against {reference.name}, {len(run.losses)} steps: weights {weights:.1e}, "
+        f"{run.name}, {len(run.losses)} steps, against {reference.name}: weights {weights:.1e}, "
         f"losses {losses:.1e}, right {tests[0][0]} of {tests[0][1]} and {tests[1][0]} of {tests[1][1]}"
     )
     found = []
+    if len(run.losses) != len(reference.losses):
+        found.append("steps")
     if not weights <= tolerance:
         found.append("weights")
     if not losses <= tolerance:

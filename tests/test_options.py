@@ -4,6 +4,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import FOLDERS, ROOT, command, environment, finish, start
@@ -11,15 +12,18 @@ from conftest import FOLDERS, ROOT, command, environment, finish, start
 SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "compare_steps.py"], ids=lambda path: path.parent.name)
-@pytest.mark.parametrize(("flags", "status"), [(["--help"], 0), (["--bad-flag-of-mine=1", "--epochs=0"], 2)])
-def test_help_and_bad_flags_are_answered_without_torch(script, flags, status):
-    words = [sys.executable, "-X", "importtime", str(script), *flags]
+QUICK = [(script, "--help", 0) for script in [*SCRIPTS, ROOT / "compare_steps.py"]]
+QUICK += [(script, flag, 2) for script in SCRIPTS for flag in ("--no-such-flag", "--epochs=0")]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "status"), QUICK, ids=lambda x: getattr(x, "parent", Path(str(x))).name
+)
+def test_help_and_bad_flags_are_answered_without_torch(script, flag, status):
+    words = [sys.executable, "-X", "importtime", str(script), flag]
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
     imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line]
-    print(f"{script.parent.name} {flags}: status {done.returncode}, {len(imported)} modules")
-    if script.name == "compare_steps.py" and status == 2:
-        pytest.skip("compare_steps.py hands flags it does not know to the steps, which reject them")
+    print(f"{script.parent.name} {flag}: status {done.returncode}, {len(imported)} modules")
     assert done.returncode == status
     assert len(imported) > 20 and "torch" not in imported
 
@@ -44,7 +48,7 @@ BAD = {
     "--num-samples=32": "a step takes 64 images, synthetic-32 has 32: lower --batch-size",
     "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
     "--metrics=/dev/null/x": "cannot write --metrics /dev/null/x",
-    "--snapshot-dir=/dev/null": "cannot write /dev/null/snapshot-00000002.pt",
+    "--snapshot-dir=/dev/null": "cannot make the folder /dev/null: File exists",
 }
 
 
@@ -65,8 +69,8 @@ def test_several_ranks_print_an_error_once(tmp_path, step):
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status != 0
     assert lines == ["error: a step takes 64 images, synthetic-32 has 32: lower --batch-size"]
-    if step == "02":
-        assert status == 2 and err.count("\n") == 1
+    if step == "02":  # torchrun has its own status and report
+        assert status == 2 and "Traceback" not in err
 
 
 def test_underscores_work_in_flags_and_stay_in_values(tmp_path):
@@ -114,15 +118,12 @@ def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
 
 
 @pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
-def test_verbose_makes_every_rank_speak(tmp_path, step):
-    flags = ["--num-samples=128", "--batch-size=16", "--epochs=1"]
-    for verbose in ([], ["--verbose"]):
-        status, out, err = finish(start([*command(step, 3), *flags, *verbose], tmp_path))
-        assert status == 0, err
-        speaking = {rank for rank in range(3) if f"[rank {rank}]" in out}
-        print(f"step {step} {verbose}: ranks {speaking or 'none'} speak")
-        assert speaking == ({0, 1, 2} if verbose else set())
-        (tmp_path / "checkpoints").rename(tmp_path / f"old{len(verbose)}")
+def test_verbose_makes_every_rank_speak(proof, tmp_path, step):
+    flags = ["--num-samples=128", "--batch-size=16", "--epochs=1", "--verbose"]
+    status, out, err = finish(start([*command(step, 3), *flags], tmp_path))
+    assert status == 0, err
+    print(out)
+    assert "[rank" not in proof(step, 3).out
     for rank in range(3):
         assert f"[rank {rank}] local rank {rank}, world size 3, device cpu" in out
         assert f"[rank {rank}] epoch 1: 42 images in this rank's shard, 2 batches" in out

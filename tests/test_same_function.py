@@ -32,7 +32,7 @@ def test_the_loss_falls(proof, model):
     losses = proof("01", 1, model).losses
     first, last = losses[:10].mean().item(), losses[-10:].mean().item()
     print(f"{model}: mean loss of the first ten steps {first:.3f}, of the last ten {last:.3f}")
-    assert last < 0.8 * first
+    assert last < first - 0.3  # ten classes guessed at: 2.30, and it would stay there
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

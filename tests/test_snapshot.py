@@ -26,8 +26,8 @@ def state(step):
 def folder(tmp_path):
     """Three snapshots, of steps 10, 20 and 30."""
     for step in (10, 20, 30):
-        snapshot.save(flags(tmp_path / "snapshots"), "mnist", state(step))
-    return tmp_path / "snapshots"
+        snapshot.save(flags(tmp_path), "mnist", state(step))
+    return tmp_path
 
 
 def failure(capsys, args, dataset="mnist"):
@@ -51,7 +51,13 @@ def test_the_newest_comes_back_and_three_are_kept(folder):
 
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
     assert snapshot.load_newest(flags(tmp_path), "mnist") is None
-    assert snapshot.load_newest(flags(tmp_path / "missing"), "mnist") is None
+    assert snapshot.load_newest(flags(tmp_path / "missing" / "folder"), "mnist") is None
+
+
+def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot make the folder" in failure(capsys, flags(tmp_path / "file"))
+    assert "cannot make the folder" in failure(capsys, flags(tmp_path / "file" / "folder"))
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
