@@ -12,7 +12,7 @@ train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
 
 test: .venv/installed-dev
-	$(VENV)/python -m pytest --data-dir $(DATA_DIR) $(ARGS)
+	$(VENV)/python -m pytest --data-dir=$(DATA_DIR) $(ARGS)
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/overhead.py --data-dir $(DATA_DIR) $(ARGS)
