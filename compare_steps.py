@@ -66,6 +66,8 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPUs, 0: CPU; unless given, GPUs if they suffice")
     add("--output", type=Path, default=Path("comparison"), metavar="NAME", help="NAME.json and NAME.png")
     args, rest = parser.parse_known_args()
+    if not os.access(args.output.parent, os.W_OK):
+        fail(f"cannot write to {args.output.parent}: choose another --output")
     for ranks in args.ranks:
         if args.batch_size % ranks:
             fail(f"--batch-size {args.batch_size} cannot be dealt to {ranks} ranks: make it a multiple")
@@ -126,11 +128,13 @@ def compare(run: dict[str, Any], first: dict[str, Any], precision: str) -> list[
         (tensor.double() - first["weights"][name].double()).abs().max().item()
         for name, tensor in run["weights"].items()
     )
-    run["loss_difference"] = max(abs(a - b) for a, b in zip(run["losses"], first["losses"], strict=True))
+    run["loss_difference"] = max(abs(a - b) for a, b in zip(run["losses"], first["losses"], strict=False))
     problems = []
     name = f"{run['step']} at {run['ranks']} ranks"
     if (run["dataset"], run["total"]) != (first["dataset"], first["total"]):
         problems.append(f"{name} has other data than step 01")
+    if len(run["losses"]) != len(first["losses"]):
+        problems.append(f"{name}: {len(run['losses'])} steps, step 01 {len(first['losses'])}")
     # Written so that what is not a number is beyond every tolerance.
     if not run["weight_difference"] <= TOLERANCE[precision]:
         problems.append(f"{name}: weights differ by {run['weight_difference']:.1e}")
@@ -232,7 +236,7 @@ def main() -> None:
         "problems": problems,
         "runs": runs,
     }
-    picture, record = args.output.with_suffix(".png"), args.output.with_suffix(".json")
+    picture, record = Path(f"{args.output}.png"), Path(f"{args.output}.json")
     record.write_text(json.dumps(result, indent=1))
     draw(runs, picture)
     if problems:

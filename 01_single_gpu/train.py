@@ -51,6 +51,7 @@ class Trainer:
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
+            self.save_snapshot()
         self.report.end(self.global_step)
 
     def run_epoch(self):
@@ -64,6 +65,7 @@ class Trainer:
             drop_last=True,
             collate_fn=keep_batch,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed: not from the state that snapshots keep
         )
         losses = []
         self.model.train()
@@ -77,7 +79,6 @@ class Trainer:
             if self.args.save_every and self.global_step % self.args.save_every == 0:
                 self.save_snapshot()
         self.epoch, self.samples_seen = self.epoch + 1, 0
-        self.save_snapshot()
 
     def run_batch(self, images, labels):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -90,14 +91,16 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        loader = DataLoader(self.test_data, batch_size=1000, collate_fn=keep_batch)
+        loader = DataLoader(
+            self.test_data, batch_size=1000, collate_fn=keep_batch, generator=torch.Generator()
+        )
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
         self.model.eval()
         for images, labels in loader:
             images, labels = images.to(self.device), labels.to(self.device)
             with self.autocast:
                 outputs = self.model(images)
-            totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
+                totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
             totals[1] += (outputs.argmax(dim=1) == labels).sum()
             totals[2] += len(labels)
         loss, correct, total = totals.tolist()

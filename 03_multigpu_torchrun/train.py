@@ -1,4 +1,4 @@
-"""Step 03: torchrun starts the processes, tells each one who it is, and starts them again when one dies.
+"""Step 03: torchrun starts the processes, tells each one who it is, and can start them again when one dies.
 
     torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py                        # MNIST
     torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240    # synthetic
@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that alive for ever
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -60,11 +61,15 @@ def setup(args):
 
 
 def cleanup():
-    """Leave the process group. DDP must be gone by then, or the process can abort when it exits."""
-    if error := sys.exception():
+    """Leave the process group. DDP must be gone by then: gloo's threads live on in it, and abort the exit."""
+    error = sys.exception()
+    if error:
         traceback.clear_frames(error.__traceback__)
     gc.collect()
-    dist.destroy_process_group()
+    if error and dist.get_backend() == "nccl":
+        dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
+    else:
+        dist.destroy_process_group()
 
 
 class Trainer:
@@ -86,9 +91,14 @@ class Trainer:
 
     def train(self):
         self.load_snapshot()
+        places = [None] * self.world_size  # exchanging them also keeps rank 0 from saving while others load
+        dist.all_gather_object(places, (self.train_data.name, self.epoch, self.samples_seen))
+        if len(set(places)) > 1:
+            fail(f"the ranks do not start from the same place (data, epoch, images): {places}")
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
+            self.save_snapshot()
         self.report.end(self.global_step)
 
     def run_epoch(self):
@@ -102,6 +112,7 @@ class Trainer:
             drop_last=True,
             collate_fn=keep_batch,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed: not from the state that snapshots keep
         )
         losses = []
         self.model.train()
@@ -117,7 +128,6 @@ class Trainer:
             if self.args.save_every and self.global_step % self.args.save_every == 0:
                 self.save_snapshot()
         self.epoch, self.samples_seen = self.epoch + 1, 0
-        self.save_snapshot()
 
     def run_batch(self, images, labels):
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -131,7 +141,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler would pad it
-        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch)
+        loader = DataLoader(
+            self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch, generator=torch.Generator()
+        )
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
         self.model.eval()
         for buffer in self.model.buffers():
@@ -140,7 +152,7 @@ class Trainer:
             images, labels = images.to(self.device), labels.to(self.device)
             with self.autocast:
                 outputs = self.model(images)
-            totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
+                totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
             totals[1] += (outputs.argmax(dim=1) == labels).sum()
             totals[2] += len(labels)
         dist.all_reduce(totals)
@@ -183,7 +195,7 @@ def main(args, device):
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 
-@record  # hands the traceback of a rank that fails to torchrun, which shows the first
+@record  # hands the traceback of a rank that fails to torchrun
 def worker(args):
     device = setup(args)
     try:

@@ -148,7 +148,7 @@ def fetch(data_dir: Path, raw: Path) -> str:
     try:
         MNIST(partial, download=True)
     except (RuntimeError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        return str(error).strip().splitlines()[-1].strip("<>")
+        return (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
     finally:
         socket.setdefaulttimeout(timeout)
     # A file appears in `raw` under its name when it is whole, not before.

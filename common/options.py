@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 def fail(message: str) -> NoReturn:
     """Print `error: message` and exit with status 2: for what the user can put right.
 
-    All processes of a run on one machine meet the same mistake, so only local rank 0 prints it.
+    The ranks of a machine mostly meet the same mistake, and one of them is to say it: local rank 0.
+    Its end makes the launcher end the others while they wait; if they do not, they were alone with it.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def warn(message: str) -> None:
-    """Print `warning: message`, once per machine as in `fail`."""
+    """Print `warning: message`, on local rank 0 only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -128,6 +131,6 @@ def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int 
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if local_world_size > gpus:
-        fail(f"{local_world_size} processes, but {gpus} GPUs: start {gpus} processes, or add --use-gpu 0")
+        fail(f"{local_world_size} processes, but GPUs: {gpus}; start as many, or add --use-gpu 0")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

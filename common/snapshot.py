@@ -69,7 +69,7 @@ def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
         os.fsync(descriptor)
         os.close(descriptor)
         for old in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
-            old.unlink()
+            old.unlink(missing_ok=True)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}: {error.strerror}; make room or choose another --snapshot-dir")

@@ -47,8 +47,14 @@ def command(step: str, ranks: int, root: Path = ROOT) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread, so that runs can be compared bit for bit; and no colour or width of a terminal."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+    """CPUs and one thread, so that runs can be compared bit for bit; no proxy before a local server."""
+    fixed = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "no_proxy": "127.0.0.1",
+    }
+    return {**os.environ, **fixed, **extra}
 
 
 def start(words: list[str], folder: Path, **extra: str) -> subprocess.Popen[str]:
@@ -69,6 +75,10 @@ def finish(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str
     """Wait for a command; status, stdout and stderr. None of its processes is left behind."""
     try:
         out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun's workers are no children of the group: it must end them itself
+        process.communicate(timeout=90)
+        raise
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

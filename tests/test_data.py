@@ -51,11 +51,15 @@ def packed(files):
 
 @pytest.fixture
 def mirror(packed):
-    """An HTTP server with the packed files; `server.asked` counts the GET requests, `server.down` refuses."""
+    """An HTTP server with the packed files; `server.asked` counts the GET requests, `server.down` refuses.
+
+    It answers when `server.go` is set.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self):
             content = packed[self.path.lstrip("/")]
+            self.server.go.wait(60)
             if self.server.down:
                 self.send_error(503)
                 return b""
@@ -76,7 +80,7 @@ def mirror(packed):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.down = Counter(), False
+    server.asked, server.down, server.go = Counter(), False, threading.Event()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -99,6 +103,7 @@ torchvision.datasets.MNIST.resources = list(md5.items())
 mnist.FALLBACK = 600
 print("ready", flush=True)
 sys.stdin.readline()
+print("asking", flush=True)
 train, test = mnist.load_mnist(Path(sys.argv[1]))
 print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
 """
@@ -119,6 +124,9 @@ def at_once(count, folder, mirror, packed):
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
+    for process in processes:
+        assert process.stdout.readline() == "asking\n"
+    mirror.go.set()  # the first to ask was kept waiting until the others wait for it
     results = []
     for process in processes:
         out, err = process.communicate(timeout=120)
@@ -145,6 +153,8 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     results = at_once(3, tmp_path / "data", mirror, packed)
     assert len({(status, out) for status, out, _ in results}) == 1
     assert "synthetic-600|600|100|" in results[0][1]
+    print(dict(mirror.asked))
+    assert sum(mirror.asked.values()) == 1  # one of them asked, and the others went by its answer
     for _, out, err in results:
         warning = err.splitlines()[-1]
         assert warning.startswith("warning: MNIST could not be downloaded (HTTP Error 503")

@@ -68,7 +68,7 @@ def test_a_command_runs_as_written(checkout, page, i, line):
 
 
 def test_the_commands_by_hand_are_those_of_make():
-    words = ["make", "--dry-run", "--always-make", "train"]
+    words = ["make", "--dry-run", "--always-make", "--no-print-directory", "train", "DATA_DIR=data", "ARGS="]
     printed = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
     print(printed, BY_HAND)
     assert len(BY_HAND) == 3
@@ -151,8 +151,9 @@ def test_the_scripts_have_one_skeleton():
         assert len(shared[0]) >= 9
 
 
-def test_every_page_closes_its_fences():
+def test_every_page_is_finished_and_closes_its_fences():
     for page in PAGES:
+        assert "@@" not in page.read_text(), page
         assert len(re.findall(r"^```", page.read_text(), re.M)) % 2 == 0, page
 
 

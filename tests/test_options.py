@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FOLDERS, ROOT, command, environment, finish, start
+from conftest import FOLDERS, ROOT, command, environment, finish, start, train
 
 SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
 
@@ -141,3 +141,60 @@ def test_a_bug_still_shows_its_traceback_under_torchrun(tmp_path):
     assert status == 1
     assert "'Tensor' object has no attribute 'backwards'" in err
     assert "destroy_process_group" not in err
+
+
+@pytest.mark.parametrize(("step", "flags"), [("02", ["--precision=bf16"]), ("03", ["--compile"])])
+def test_bf16_and_compile_train(tmp_path, step, flags):
+    run = train(step, 2, tmp_path, "--num-samples=512", "--batch-size=16", "--epochs=2", *flags)
+    first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
+    print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; test loss {run.test['loss']!r}")
+    assert last < first - 0.3
+    # Summed in float32 or more: a sum in bf16 has eight bits, and 85 images would make a round number.
+    assert run.test["loss"] * 85 % 0.25 != 0
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in run.weights)
+
+
+def test_a_bug_on_one_rank_shows_its_traceback(tmp_path):
+    for step in ("02", "03"):
+        root = tmp_path / step
+        shutil.copytree(ROOT / "common", root / "common")
+        (root / FOLDERS[step]).mkdir()
+        source = (ROOT / FOLDERS[step] / "train.py").read_text()
+        broken = source.replace(
+            "        loss.backward()", "        1 / (1 - self.rank)\n        loss.backward()"
+        )
+        assert broken != source
+        (root / FOLDERS[step] / "train.py").write_text(broken)
+        status, _, err = finish(start([*command(step, 2, root), "--num-samples=128"], root))
+        print(err[-2000:])
+        assert status == 1
+        assert "ZeroDivisionError: division by zero" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc: Linux only")
+@pytest.mark.parametrize("case", ["as it is", "ends in an exception", "without the early import"])
+def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, case):
+    """One that does aborts the process at exit, in a few of a hundred runs."""
+    edits = {"        cleanup()\n": "        cleanup()\n        print('threads', threads(), flush=True)\n"}
+    if case == "ends in an exception":
+        edits["        self.load_snapshot()\n"] = (
+            "        self.load_snapshot()\n        raise ZeroDivisionError\n"
+        )
+    elif case == "without the early import":
+        edits["import torch.distributed.nn "] = "# "
+    source = (ROOT / FOLDERS["02"] / "train.py").read_text()
+    for right, wrong in edits.items():
+        assert source.count(right) == 1, right
+        source = source.replace(right, wrong)
+    threads = (
+        "def threads():\n    return [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]"
+    )
+    source = source.replace("class Trainer:", f"{threads}\n\n\nclass Trainer:")
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    (tmp_path / FOLDERS["02"]).mkdir()
+    (tmp_path / FOLDERS["02"] / "train.py").write_text(source)
+    _, out, err = finish(start([*command("02", 2, tmp_path), "--num-samples=128", "--epochs=1"], tmp_path))
+    lines = [line for line in out.splitlines() if line.startswith("threads")]
+    print(case, lines, err[-300:])
+    assert lines
+    assert any("gloo" in line for line in lines) == (case == "without the early import")

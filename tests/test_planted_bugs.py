@@ -1,9 +1,16 @@
 """The mistakes that distributed training scripts make most: each must turn the comparison red."""
 
+import argparse
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, disagreements, train
+
+from common.mnist import load_mnist
+from common.models import build_model
 
 GROWN = [step for step in FOLDERS if step != "01"]
 
@@ -56,3 +63,24 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     found = disagreements(run, proof("01"))
     print(f"step {step}, {bug}: {found}")
     assert symptom in found
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, bug):
+    """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's."""
+    right, wrong = "dist.broadcast(buffer, src=0)", "pass"
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    source = (ROOT / FOLDERS["02"] / "train.py").read_text()
+    assert source.count(right) == 1
+    (tmp_path / FOLDERS["02"]).mkdir()
+    (tmp_path / FOLDERS["02"] / "train.py").write_text(source.replace(right, wrong) if bug else source)
+    flags = ["--model=resnet18", "--num-samples=192", "--epochs=1", "--batch-size=16", "--precision=float64"]
+    run = train("02", 2, tmp_path / "run", *flags, root=tmp_path)
+    model = build_model(argparse.Namespace(model="resnet18", precision="float64", compile=False))
+    model.load_state_dict(run.weights)
+    _, test = load_mnist(Path("unused"), 192)
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
+    difference = abs(loss - run.test["loss"])
+    print(f"test loss of the run {run.test['loss']:.6f}, of what it saved {loss:.6f}")
+    assert (difference > 1e-6) if bug else (difference < 1e-10)
