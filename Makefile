@@ -1,5 +1,6 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
 # make test   the same for the tests
+# make bench  what loading the data costs
 # Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
