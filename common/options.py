@@ -91,7 +91,7 @@ def make_parser(script: str, description: str) -> OneLineParser:
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.set_defaults(step=step)
+    parser.set_defaults(step=step, accumulate=1)  # which steps 04 and 05 make a flag
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")

@@ -31,16 +31,17 @@ class Reporter:
         world_size: int = 1,
     ):
         """Announce the run. `fail`s when `data` is smaller than a global batch."""
-        self.args, self.data, self.rank = args, data, rank
-        self.global_batch = args.batch_size * world_size
+        self.args, self.data, self.rank, self.world_size = args, data, rank, world_size
+        self.global_batch = args.batch_size * args.accumulate * world_size
         if self.global_batch > len(data):
             fail(f"a step takes {self.global_batch} images, {data.name} has {len(data)}: lower --batch-size")
         self.bar: tqdm[Any] | None = None
         self.images, self.seconds, self.mark = 0, 0.0, 0.0
         self.metrics = self.open_metrics() if rank == 0 and args.metrics else None
+        micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
             f"{args.step}: {args.model} on {data.name}, {device.type}, {args.precision}, {world_size} × "
-            f"batch {args.batch_size} = {self.global_batch} images a step, "
+            f"{micro}batch {args.batch_size} = {self.global_batch} images a step, "
             f"{args.epochs} epochs of {len(data) // self.global_batch} steps"
         )
         self.detail(
@@ -110,7 +111,8 @@ class Reporter:
             self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}  {status}")
         else:
             self.bar.set_postfix_str(status)
-        self.detail(f"step {global_step}: {len(losses)} batches of {self.args.batch_size} in {seconds:.2f} s")
+        batch = self.global_batch // self.world_size
+        self.detail(f"step {global_step}: {len(losses)} batches of {batch} in {seconds:.2f} s")
         numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
         self.write("train", epoch=epoch, global_step=global_step, **numbers)
 

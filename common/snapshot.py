@@ -130,7 +130,12 @@ def load_newest(args: argparse.Namespace, dataset: str) -> dict[str, Any] | None
                 f"{path} was made with {name} {state.get(key)}, this run has {name} {ours}: "
                 "use the same, or another --snapshot-dir"
             )
+    restore_rng(state)
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set the random number generators to where they were when `state` was saved."""
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda_rng"])
-    return state

@@ -1,0 +1,285 @@
+"""Step 04: many machines: snapshots with a shared disk or none, slow links, and nodes that go away.
+
+On each of two nodes, the second with --node-rank=1 (./launch_multinode.sh prints the commands, or starts them):
+
+    torchrun --nnodes=2 --nproc-per-node=2 --node-rank=0 --master-addr=node1 --master-port=29500 \\\
+        04_multinode/train.py
+
+A rehearsal of it on this machine:
+
+    ./launch_multinode.sh --local 2 -- --num-samples 10240 --epochs 1
+"""
+
+import contextlib
+import gc
+import math
+import os
+import shlex
+import signal
+import socket
+import sys
+import traceback
+import uuid
+import zlib
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
+
+from common.options import fail, make_parser, pick_device, whole_number
+
+
+def parse_args():
+    parser = make_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--accumulate", type=whole_number, default=1, metavar="N", help="batches per step, averaged once (1)")
+    add("--timeout", type=whole_number, default=120, metavar="S", help="seconds until a rank is lost (120)")
+    args = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ:
+        fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that alive for ever
+import torch.nn.functional as F
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, DistributedSampler
+
+from common import snapshot
+from common.mnist import keep_batch, load_mnist
+from common.models import build_model
+from common.reporting import LOG_EVERY, Reporter
+
+
+def setup(args):
+    """Make this process one of the ranks that torchrun has started; returns its device."""
+    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def cleanup():
+    """Leave the process group. DDP must be gone by then: gloo's threads live on in it, and abort the exit."""
+    error = sys.exception()
+    if error:
+        traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if error and dist.get_backend() == "nccl":
+        dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
+    else:
+        dist.destroy_process_group()
+
+
+def check_that_nodes_agree(args, data):
+    """Stop if a rank has other flags, data or code than rank 0: they would train nonsense together, or hang."""
+    own = ["data_dir", "snapshot_dir", "metrics", "verbose"]  # of each node
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
+    scripts = [Path(__file__), *sorted(Path(snapshot.__file__).parent.glob("*.py"))]
+    mine["code"] = f"{zlib.crc32(b''.join(script.read_bytes() for script in scripts)):08x}"
+    mine["data"] = f"{data.name} {zlib.crc32(data.labels.numpy(), zlib.crc32(data.images.numpy())):08x}"
+    mine["torch"] = torch.__version__
+    ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), mine))
+    first_host, first = ranks[0]
+    differences = [
+        f"rank {rank} on {host} has {name} {theirs[name]}, rank 0 on {first_host} has {first[name]}"
+        for rank, (host, theirs) in enumerate(ranks)
+        for name in first
+        if theirs[name] != first[name]
+    ]
+    if differences:
+        fail(f"{'; '.join(differences)}: make the nodes the same")
+
+
+terminated = False
+
+
+def remember_sigterm(number, frame):
+    """A scheduler wants this node back: note it, and let the step that is under way end."""
+    global terminated
+    terminated = True
+
+
+class Trainer:
+    def __init__(self, args, device, model, optimizer, train_data, test_data):
+        self.args = args
+        self.device = device
+        self.model = model
+        self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
+        self.optimizer = optimizer
+        self.train_data = train_data
+        self.test_data = test_data
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
+        self.global_batch = args.batch_size * args.accumulate * self.world_size
+        self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+        self.report = Reporter(args, train_data, device, self.rank, self.world_size)
+        self.report.detail(f"on {socket.gethostname()}, node {os.environ['GROUP_RANK']}")
+        self.epoch = self.samples_seen = self.global_step = 0
+
+    def train(self):
+        self.load_snapshot()
+        self.saves = self.is_first_on_its_disk()
+        signal.signal(signal.SIGTERM, remember_sigterm)
+        while self.epoch < self.args.epochs:
+            self.run_epoch()
+            self.evaluate()
+            self.save_snapshot()
+        self.report.end(self.global_step)
+
+    def run_epoch(self):
+        # The order follows from seed and epoch alone, so a resumed run goes on where the other one stopped.
+        self.sampler.set_epoch(self.epoch)
+        order = list(self.sampler)[self.samples_seen // self.world_size :]
+        loader = DataLoader(
+            self.train_data,
+            batch_size=self.args.batch_size * self.args.accumulate,
+            sampler=order,
+            drop_last=True,
+            collate_fn=keep_batch,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed: not from the state that snapshots keep
+        )
+        losses = []
+        self.model.train()
+        for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
+            # Has any rank had a SIGTERM? Asked while the step runs, the answer costs it no time.
+            stop = torch.tensor([terminated], dtype=torch.int32)
+            asked = dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.control, async_op=True)
+            losses.append(self.run_batch(images, labels))
+            self.samples_seen += self.global_batch
+            self.global_step += 1
+            asked.wait()
+            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
+                losses = torch.stack(losses) / self.world_size
+                dist.all_reduce(losses)  # each rank has seen only its own part of the batches
+                self.report.train(self.epoch, self.global_step, losses.tolist())
+                losses = []
+            if self.args.save_every and self.global_step % self.args.save_every == 0:
+                self.save_snapshot()
+            if stop:  # on all ranks after the same step
+                self.save_snapshot()
+                self.report.say(f"SIGTERM: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + signal.SIGTERM)
+        self.epoch, self.samples_seen = self.epoch + 1, 0
+
+    def run_batch(self, images, labels):
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        batches = zip(images.split(self.args.batch_size), labels.split(self.args.batch_size), strict=True)
+        losses = []
+        self.optimizer.zero_grad()
+        for images, labels in batches:
+            last = len(losses) == self.args.accumulate - 1
+            with contextlib.nullcontext() if last else self.ddp_model.no_sync():
+                with self.autocast:
+                    loss = F.cross_entropy(self.ddp_model(images), labels) / self.args.accumulate
+                loss.backward()  # in the last of these DDP averages the gradients' sums over the ranks
+            losses.append(loss.detach())  # tensors: .item() would make the CPU wait for the GPU at every step
+        self.optimizer.step()
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self):
+        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler would pad it
+        loader = DataLoader(
+            self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch, generator=torch.Generator()
+        )
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        self.model.eval()
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test what rank 0 saves
+        for images, labels in loader:
+            images, labels = images.to(self.device), labels.to(self.device)
+            with self.autocast:
+                outputs = self.model(images)
+                totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
+            totals[1] += (outputs.argmax(dim=1) == labels).sum()
+            totals[2] += len(labels)
+        dist.all_reduce(totals)
+        loss, correct, total = totals.tolist()
+        self.report.evaluation(self.epoch, self.global_step, loss / total, int(correct), int(total))
+
+    def is_first_on_its_disk(self):
+        """Whether this rank saves: nodes share a disk or have their own, and one rank writes to each."""
+        mark = self.args.snapshot_dir / f".snapshot-{uuid.uuid4()}.tmp"  # the next save would clear it away
+        mark.touch()
+        marks = [None] * self.world_size
+        dist.all_gather_object(marks, mark.name, group=self.control)
+        first = next(rank for rank, name in enumerate(marks) if (self.args.snapshot_dir / name).exists())
+        dist.barrier(group=self.control)  # marks stay, and nobody saves, until all have looked
+        mark.unlink(missing_ok=True)
+        return first == self.rank
+
+    def save_snapshot(self):
+        if not self.saves:
+            return  # all ranks hold the same weights
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "world_size": self.world_size,
+        }
+        snapshot.save(self.args, self.train_data.name, state)
+
+    def load_snapshot(self):
+        state = snapshot.load_newest(self.args, self.train_data.name)
+        # A node may be new, or its disk behind: all go on from the newest that any node has.
+        found = [None] * self.world_size
+        dist.all_gather_object(found, state["global_step"] if state else -1, group=self.control)
+        if max(found) == -1:
+            return
+        owner = found.index(max(found))
+        sent = [state]
+        dist.broadcast_object_list(sent, src=owner, group=self.control)
+        state = sent[0]
+        snapshot.restore_rng(state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr  # the flag wins over the snapshot
+        self.epoch = state["epoch"]
+        # A multiple of the world size: after a change of it, fewer than that many images are left out.
+        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.global_step = state["global_step"]
+        self.report.say(f"resumed from {self.args.snapshot_dir}: epoch {self.epoch}, step {self.global_step}")
+        self.report.detail(f"the snapshot is rank {owner}'s; here the newest is of step {found[self.rank]}")
+
+
+def main(args, device):
+    torch.manual_seed(args.seed)
+    train_data, test_data = load_mnist(args.data_dir, args.num_samples)
+    check_that_nodes_agree(args, train_data)
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    Trainer(args, device, model, optimizer, train_data, test_data).train()
+
+
+@record  # hands the traceback of a rank that fails to torchrun
+def worker(args):
+    device = setup(args)
+    try:
+        main(args, device)
+    except RuntimeError as error:
+        seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        error.add_note(f"Seen by {seen_by}: 'Timed out' or 'Connection closed' mean a lost node or link.")
+        raise
+    finally:
+        cleanup()
+
+
+if __name__ == "__main__":
+    worker(args)
