@@ -1,8 +1,8 @@
 """Step 04: many machines: snapshots with a shared disk or none, slow links, and nodes that go away.
 
-On each of two nodes, the second with --node-rank=1 (./launch_multinode.sh prints the commands, or starts them):
+On each of two nodes, the second with --node-rank=1 (./launch_multinode.sh prints the commands, or runs them):
 
-    torchrun --nnodes=2 --nproc-per-node=2 --node-rank=0 --master-addr=node1 --master-port=29500 \\\
+    torchrun --nnodes=2 --nproc-per-node=2 --node-rank=0 --master-addr=node1 --master-port=29500 \\
         04_multinode/train.py
 
 A rehearsal of it on this machine:
@@ -81,7 +81,7 @@ def cleanup():
 
 
 def check_that_nodes_agree(args, data):
-    """Stop if a rank has other flags, data or code than rank 0: they would train nonsense together, or hang."""
+    """Stop if a rank's flags, data or code are not rank 0's: together they would hang, or train nonsense."""
     own = ["data_dir", "snapshot_dir", "metrics", "verbose"]  # of each node
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
     scripts = [Path(__file__), *sorted(Path(snapshot.__file__).parent.glob("*.py"))]
