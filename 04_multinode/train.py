@@ -171,6 +171,7 @@ class Trainer:
                 self.save_snapshot()
             if stop:  # on all ranks after the same step
                 self.save_snapshot()
+                dist.barrier(group=self.control)  # torchrun kills the rest 30 s after the first to leave
                 self.report.say(f"SIGTERM: saved at step {self.global_step}; run the same again to go on")
                 sys.exit(128 + signal.SIGTERM)
         self.epoch, self.samples_seen = self.epoch + 1, 0
@@ -220,6 +221,7 @@ class Trainer:
         first = next(rank for rank, name in enumerate(marks) if (self.args.snapshot_dir / name).exists())
         dist.barrier(group=self.control)  # marks stay, and nobody saves, until all have looked
         mark.unlink(missing_ok=True)
+        self.report.detail(f"rank {first} writes the snapshots in {self.args.snapshot_dir}")
         return first == self.rank
 
     def save_snapshot(self):

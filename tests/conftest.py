@@ -124,8 +124,13 @@ def train(step: str, ranks: int, folder: Path, *flags: str, root: Path = ROOT, *
     assert status == 0, f"{' '.join(words)} exited with {status}\n{out}\n{err}"
     # torch says so when a process leaves without it.
     assert "destroy_process_group" not in err, err
+    return read_run(f"step {step} at {ranks} ranks", folder, out, err)
+
+
+def read_run(name: str, folder: Path, out: str = "", err: str = "") -> Run:
+    """What a run has left in `folder`: `metrics.jsonl` and `snapshots`."""
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(f"step {step} at {ranks} ranks", out, err, events, folder / "snapshots")
+    return Run(name, out, err, events, folder / "snapshots")
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -1,0 +1,241 @@
+"""Step 04 on several hosts, each with its own disk, that can be slowed, cut off and killed."""
+
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import (
+    GLOBAL_BATCH,
+    PROOF,
+    ROOT,
+    disagreements,
+    environment,
+    largest_difference,
+    read_run,
+    train,
+)
+
+from benchmarks.hosts import WHY, Host, Network, commands_for, network, possible
+from common.snapshot import snapshots
+
+pytestmark = pytest.mark.skipif(not possible(), reason=WHY)
+
+BATCH = f"--batch-size={GLOBAL_BATCH // 4}"  # 2 hosts with 2 ranks each
+STEPS = 106
+# Nodes that go away are missed sooner than by default; less than this takes a slow node for a dead one.
+ELASTIC = ["--elastic=1:2", "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5"]
+
+
+@pytest.fixture
+def net(tmp_path):
+    with network(tmp_path / "net", 2) as made:
+        yield made
+
+
+@pytest.fixture
+def slow_net(tmp_path):
+    with network(tmp_path / "net", 2, slow=(5, 50)) as made:  # 5 ms there, 5 ms back, 50 Mbit/s
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Step 03, as many ranks in one machine, uninterrupted."""
+    return train("03", 4, tmp_path_factory.mktemp("whole"), *PROOF, BATCH)
+
+
+def printed(
+    net: Network, options: list[str], *flags: str, hosts: list[Host] | None = None
+) -> dict[Host, str]:
+    """What `launch_multinode.sh` prints for each host."""
+    hosts = hosts or net.hosts
+    own = [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl", "--use-gpu=0"]
+    commands = commands_for([host.name for host in hosts], *options, "--", *PROOF, BATCH, *own, *flags)
+    return {host: commands[host.name] for host in hosts}
+
+
+def launch(net: Network, options: list[str], *flags: str, **kwargs) -> dict[Host, subprocess.Popen[str]]:
+    """Type what is printed for each host there."""
+    commands = printed(net, options, *flags, **kwargs)
+    return {host: host.start(command, **environment()) for host, command in commands.items()}
+
+
+def ended(host: Host, process: subprocess.Popen[str], timeout: int = 120) -> tuple[int, str]:
+    """Wait for a host's command: its status and output."""
+    try:
+        out, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        host.kill_all()
+        print(f"--- {host.name} had to be killed\n{process.communicate()[0]}")
+        raise
+    print(f"--- {host.name} ended with {process.returncode}\n{out}")
+    return process.returncode, out
+
+
+def all_ended(running: dict[Host, subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    return [ended(host, process) for host, process in running.items()]
+
+
+def newest(host: Host) -> int:
+    """The step of the newest snapshot on a host's disk, -1 without one."""
+    found = snapshots(host.disk / "snapshots")
+    return int(found[0].stem.removeprefix("snapshot-")) if found else -1
+
+
+def wait_for_step(host: Host, step: int, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while newest(host) < step:
+        assert time.monotonic() < end, f"{host.name} is at step {newest(host)} after {seconds} s, not {step}"
+        time.sleep(0.01)
+
+
+def weights(host: Host) -> dict[str, torch.Tensor]:
+    return torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("options", [[], ["--elastic=2:2"]], ids=["static", "c10d"])
+def test_two_hosts_do_exactly_what_step_03_does(net, proof, whole, options):
+    results = all_ended(launch(net, options))
+    assert [status for status, _ in results] == [0, 0]
+    for host in net.hosts:
+        difference = largest_difference(weights(host), whole.weights)
+        print(f"{host.name}'s snapshot against step 03's at 4 ranks: {difference}")
+        assert difference == 0.0
+    run = read_run("2 hosts × 2 ranks", net.hosts[0].disk)
+    assert torch.equal(run.losses, whole.losses)
+    assert disagreements(run, proof("01")) == []
+
+
+def test_stopped_on_one_host_and_resumed_without_a_shared_disk(net, whole):
+    """SIGTERM to node2's torchrun alone: all ranks save after the same step. Then node1's disk is lost."""
+    first, second = net.hosts
+    running = launch(net, [], "--save-every=1")
+    wait_for_step(second, 20)
+    second.run("pkill -TERM -f torchrun")
+    assert [status for status, _ in all_ended(running)] == [1, 1]
+    stopped = newest(first)
+    print(f"stopped after step {stopped}")
+    assert 20 <= stopped < STEPS - 10 and newest(second) == stopped
+    shutil.rmtree(first.disk / "snapshots")
+    assert [status for status, _ in all_ended(launch(net, []))] == [0, 0]
+    for host in net.hosts:
+        difference = largest_difference(weights(host), whole.weights)
+        print(f"{host.name}, resumed at step {stopped}: {difference}")
+        assert difference == 0.0
+    run = read_run("the resumed run", first.disk)
+    assert len(run.losses) == STEPS and torch.equal(run.losses, whole.losses)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own disks", "one disk"])
+def test_one_rank_saves_on_each_disk(net, shared):
+    first, second = net.hosts
+    if shared:
+        second.run(f"mount --bind {first.disk} {net.disk}")
+    results = all_ended(launch(net, [], "--epochs=1", "--num-samples=240", "--verbose"))
+    said = [re.findall(r"\[rank (\d)\] rank (\d) writes", out) for _, out in results]
+    print(said)
+    assert sorted(said[0]) == [("0", "0"), ("1", "0")]
+    assert sorted(said[1]) == ([("2", "0"), ("3", "0")] if shared else [("2", "2"), ("3", "2")])
+    assert [newest(host) for host in net.hosts] == [10, -1 if shared else 10]
+    assert not list(first.disk.glob("snapshots/.*"))
+
+
+def test_a_node_dies_and_comes_back(net):
+    first, second = net.hosts
+    commands = printed(net, ELASTIC, "--save-every=1", "--epochs=1000")
+    running = {host: host.start(command, **environment()) for host, command in commands.items()}
+    wait_for_step(second, 20)
+    second.kill_all()
+    lost = newest(second)
+    ended(second, running.pop(second))
+    wait_for_step(first, lost + 30)  # alone
+    running[second] = second.start(commands[second], **environment())
+    wait_for_step(second, lost + 60)  # together
+    for host in net.hosts:
+        host.run("pkill -TERM -f torchrun")
+    (_, out), _ = all_ended(running)
+    sizes = [event["world_size"] for event in read_run("", first.disk).events if event["event"] == "start"]
+    resumed = [int(step) for step in re.findall(r"resumed from .* step (\d+)", out)]
+    saved = [int(step) for step in re.findall(r"SIGTERM: saved at step (\d+)", out)]
+    print(f"ranks {sizes}; node2 lost after step {lost}, resumed at {resumed}, saved on SIGTERM at {saved}")
+    assert sizes == [4, 2, 4]
+    assert resumed[0] >= lost and resumed[1] == saved[0]
+    assert newest(first) == newest(second) == saved[1]
+    assert largest_difference(weights(first), weights(second)) == 0.0
+
+
+def test_the_first_node_dies(net, proof):
+    """The others stop at once; started again with another first node they go on from their own disks."""
+    first, second = net.hosts
+    running = launch(net, ELASTIC, "--save-every=1")
+    wait_for_step(second, 20)
+    first.kill_all()
+    status, out = ended(second, running[second], timeout=60)
+    assert status == 1 and "RendezvousConnectionError" in out
+    stopped = newest(second)
+    ((status, out),) = all_ended(launch(net, [], f"--batch-size={GLOBAL_BATCH // 2}", hosts=[second]))
+    assert status == 0 and f"step {stopped}\n" in out
+    difference = largest_difference(weights(second), proof("01").weights)
+    print(f"4 ranks up to step {stopped}, then 2 on node2: {difference:.1e} from step 01")
+    assert 20 <= stopped < STEPS and difference <= 1e-10  # as in disagreements()
+
+
+def test_the_link_is_cut(net):
+    first, second = net.hosts
+    running = launch(net, [], "--timeout=5", "--epochs=1000", "--save-every=1")
+    wait_for_step(second, 20)
+    second.cable("down")
+    cut = time.monotonic()
+    for host, process in running.items():
+        status, out = ended(host, process, timeout=60)
+        print(f"{host.name}: {time.monotonic() - cut:.0f} s after the cut")
+        assert status == 1
+        assert "Timed out waiting 5000ms" in out
+        assert re.search(rf"Seen by rank \d on {host.name}: 'Timed out' or 'Connection closed' mean", out)
+    assert newest(first) >= 20 and newest(second) >= 20
+
+
+def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path):
+    net = slow_net
+    small = ["--num-samples=480", "--epochs=1"]
+    bytes_sent = []
+    for accumulate in (1, 4):
+        before = net.hosts[0].sent()
+        flags = [*small, f"--accumulate={accumulate}", f"--snapshot-dir={net.disk}/{accumulate}"]
+        flags += [f"--metrics={net.disk}/{accumulate}.jsonl"]
+        assert [status for status, _ in all_ended(launch(net, [], *flags))] == [0, 0]
+        bytes_sent.append(net.hosts[0].sent() - before)
+    (folder := tmp_path / "accumulated").mkdir()
+    shutil.copy(net.hosts[0].disk / "4.jsonl", folder / "metrics.jsonl")
+    shutil.copytree(net.hosts[0].disk / "4", folder / "snapshots")
+    big = train("01", 1, tmp_path / "big", *PROOF, *small, f"--batch-size={4 * GLOBAL_BATCH}")
+    run = read_run("--accumulate=4", folder)
+    print(f"bytes that node1 sent for {480} images: {bytes_sent[0]:,}, with --accumulate=4 {bytes_sent[1]:,}")
+    assert len(run.losses) == 5 and disagreements(run, big) == []
+    # A quarter of the all-reduces; what else is sent (start, evaluation, TCP's headers) stays.
+    assert bytes_sent[1] < bytes_sent[0] / 3
+
+
+def test_nodes_that_differ_are_told_what_in(net, tmp_path):
+    first, second = net.hosts
+    file = ROOT / "common" / "synthetic.py"
+    other = tmp_path / "synthetic.py"
+    assert "manual_seed(seed)" in file.read_text()
+    other.write_text(file.read_text().replace("manual_seed(seed)", "manual_seed(seed + 1)"))
+    second.run(f"mount --bind {other} {file}")
+    commands = printed(net, [])
+    running = {
+        first: first.start(commands[first]),
+        second: second.start(f"{commands[second].strip()} --lr=0.01"),
+    }
+    for status, out in all_ended(running):
+        lines = [line for line in out.splitlines() if line.startswith("error: ")]
+        print(lines)
+        assert status == 1 and "exitcode  : 2" in out and len(lines) == 1
+        for rank in (2, 3):
+            assert f"rank {rank} on node2 has --lr 0.01, rank 0 on node1 has 0.001; " in lines[0]
+            for what in ("code", "data synthetic-1291"):
+                assert f"rank {rank} on node2 has {what} " in lines[0]
