@@ -56,7 +56,7 @@ interface_to() {
 }
 
 mode=print hosts="" step=04 nproc=2 port="" master="" elastic="" restarts="" rdzv_id="" rdzv_conf=""
-interface="" threads=1 nodes_here=0
+interface="" threads=1 nodes_here=0 example=""
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 2
 dir=$here
 setup="" ssh="ssh -o BatchMode=yes -o ConnectTimeout=5"
@@ -116,8 +116,7 @@ if [ "$mode" = local ]; then
     [ -n "$port" ] || port=$(python3 -c "$find_port") || fail "python3 does not run here"
 elif [ -z "$hosts" ]; then
     [ "$mode" = print ] || fail "--$mode needs the nodes: --hosts A,B,…"
-    hosts=node1,node2
-    echo "# For two nodes called node1 and node2. Name yours: ./launch_multinode.sh --hosts A,B"
+    example=yes hosts=node1,node2
 fi
 port=${port:-29500}
 whole_number --port "$port" 1
@@ -192,6 +191,7 @@ node_commands() { # NODE_RANK
 # --- print
 
 if [ "$mode" = print ]; then
+    [ -z "$example" ] || echo "# For two nodes called node1 and node2. Name yours: ./launch_multinode.sh --hosts A,B"
     for ((k = 0; k < count; k++)); do
         printf '\n# --- on %s\n' "${names[k]}"
         node_commands $k "$@"
@@ -344,24 +344,28 @@ fi
 # --- start
 
 # torchrun gets SIGTERM when standard input ends: it passes it on to its ranks, which save and leave, and
-# kills those that have not after 30 seconds. Its own group is killed if it hangs itself.
+# kills those that have not after 30 seconds. Whatever is left in the end, or after a minute, is killed here:
+# a torchrun that hangs, or ranks whose torchrun was killed. They are known by a variable in their environment.
 watched() { # SCRIPT
     cat <<EOF
+mark=launched-by-$$-$RANDOM$RANDOM-\$\$
+kill_the_rest() { grep -lzx "LAUNCH=\$mark" /proc/[0-9]*/environ | cut -d / -f 3 | xargs -r kill -KILL; }
 set -m
 exec 5<&0
 ( trap : TERM
+export LAUNCH=\$mark
 $1
 ) </dev/null & node=\$!
 { read -r _ <&5
   kill -TERM -- -\$node
-  for ((i = 0; i < 600; i++)); do kill -0 -- -\$node || exit; sleep 0.1; done
-  for agent in \$(pgrep -g \$node); do pkill -KILL -P \$agent; done
-  kill -KILL -- -\$node
+  sleep 60
+  kill_the_rest
 } 2>/dev/null & watch=\$!
 set +m
 wait \$node
 status=\$?
-kill \$watch 2>/dev/null
+kill -- -\$watch
+kill_the_rest 2>/dev/null
 exit \$status
 EOF
 }

@@ -85,8 +85,8 @@ class Host:
 
     def processes(self) -> list[str]:
         """What runs here, the process that holds the host up left out."""
-        lines = self.run("ps -eo pid=,stat=,args=").splitlines()
-        ours = [line for line in lines if " sleep infinity" not in line and "ps -eo" not in line]
+        lines = self.run("ps -ewwo pid=,stat=,args=").splitlines()
+        ours = [line for line in lines if " sleep infinity" not in line and "ps -ewwo" not in line]
         return [line for line in ours if line.split()[0] != "1" and not line.split()[1].startswith("Z")]
 
     def kill_all(self) -> None:

@@ -1,0 +1,332 @@
+"""launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GLOBAL_BATCH, PROOF, ROOT, environment, finish, largest_difference, read_run, start
+
+from benchmarks.hosts import WHY, commands_for, network, possible
+from common.snapshot import snapshots
+
+SCRIPT = str(ROOT / "launch_multinode.sh")
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def run(*words: str, **extra: str) -> tuple[int, str, str]:
+    status, out, err = finish(start([SCRIPT, *words], ROOT, PATH=PATH, **extra))
+    print(f"$ launch_multinode.sh {' '.join(words)}\n{out}{err}")
+    return status, out, err
+
+
+def test_shellcheck_has_nothing_to_say():
+    if not shutil.which("shellcheck"):
+        pytest.skip("needs shellcheck: apt-get install shellcheck")
+    scripts = [SCRIPT, *map(str, ROOT.glob("0*/*.sbatch"))]
+    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0
+
+
+def test_help_names_every_option():
+    status, out, _ = run("--help")
+    source = Path(SCRIPT).read_text()
+    options = {
+        word
+        for line in source.splitlines()
+        if line.startswith("    --")
+        for word in line.split(")")[0].split()
+        if word.startswith("--")
+    }
+    print(sorted(options))
+    assert status == 0 and len(options) >= 15
+    assert all(
+        f"  {option}" in out or f"[{option}" in out for option in options - {"--", "--master-port", "--*=*"}
+    )
+
+
+BAD = {
+    "--nproc-per-node=0": "--nproc-per-node must be a whole number, 1 or more, not '0'",
+    "--nproc-per-node=08": "--nproc-per-node must be a whole number",
+    "--threads=x": "--threads must be a whole number",
+    "--step=03": "--step is 04 or 05, not '03'",
+    "--port=70000": "--port must be below 65536",
+    "--port=": "",  # as if it were not given
+    "--local=0": "--local must be a whole number, 1 or more",
+    "--local": "--local needs a value",
+    "--local=2 --hosts=a,b": "--local runs here: leave out --hosts",
+    "--local=2 --run": "--run and --local exclude each other",
+    "--check --run": "--run and --check exclude each other",
+    "--run": "--run needs the nodes: --hosts A,B,…",
+    "--check": "--check needs the nodes: --hosts A,B,…",
+    "--hosts=a,a": "--hosts names a twice",
+    "--hosts=a,": "",  # a comma too many
+    "--hosts=a,,b": "'' in --hosts is no host name",
+    "--hosts=a,-oProxyCommand=x": "'-oProxyCommand=x' in --hosts is no host name",
+    "--hosts=localhost,b": "'localhost' is another machine on each node",
+    "--hosts=a,127.0.0.1": "'127.0.0.1' is another machine on each node",
+    "--hosts=a,b --master-addr=localhost": "--master-addr localhost leads every node to itself",
+    "--hosts=a,b --master-addr=127.0.1.1": "--master-addr 127.0.1.1 leads every node to itself",
+    "--hosts=a,b --master-addr=;ls": "';ls' in --master-addr is no host name or address",
+    "--hosts=a,b --elastic=2": "--elastic is MIN:MAX, such as 1:4, not '2'",
+    "--hosts=a,b --elastic=3:4": "--elastic 3:4, but --hosts names 2",
+    "--hosts=a,b --elastic=2:1": "--elastic 2:1, but --hosts names 2",
+    "--hosts=a,b --max-restarts=3": "belong to --elastic",
+    "--hosts=a,b --elastic=2:2 --max-restarts=-1": "--max-restarts must be a whole number, 0 or more",
+    "--hosts=a,b --elastic=2:2 --rdzv-id=a;b": "--rdzv-id is a word",
+    "--hosts=a,b --elastic=2:2 --rdzv-conf=x": "--rdzv-conf is K=V,…",
+    "--hosts=a,b --interface=$(ls)": "--interface takes one name, such as eth0",
+    "--epochs=3": "unknown option '--epochs' (--help lists the options; training flags come after --)",
+    "--interface-to=no.such.host.invalid": "cannot resolve 'no.such.host.invalid'",
+    "train": "unknown option 'train'",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_line(words):
+    status, out, err = run(*words.split())
+    if not BAD[words]:
+        assert status == 0
+        return
+    assert status == 2 and out == ""
+    assert err.startswith("error: ") and BAD[words] in err and err.count("\n") == 1
+
+
+def test_it_prints_what_each_node_is_to_run():
+    status, out, _ = run(
+        "--hosts=bob@alpha,beta,gamma", "--nproc-per-node=8", "--", "--data-dir=my data", "--epochs=5"
+    )
+    assert status == 0
+    for rank, (name, peer) in enumerate([("alpha", "beta"), ("beta", "alpha"), ("gamma", "alpha")]):
+        block = out.split(f"# --- on {name}\n")[1].split("\n\n")[0]
+        assert f"--interface-to {peer})" in block
+        assert "GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface OMP_NUM_THREADS=1" in block
+        assert (
+            f"--nnodes=3 --nproc-per-node=8 --node-rank={rank} --master-addr=alpha --master-port=29500"
+            in block
+        )
+        assert r"04_multinode/train.py --data-dir=my\ data --epochs=5" in block
+    assert "firewalls" in out and "same commit" in out and "SSH to every node" in out
+
+
+def test_elastic_commands_differ_in_who_is_host():
+    blocks = commands_for(["alpha", "beta"], "--elastic=1:4", "--rdzv-id=x", "--interface=ib0", "--port=1234")
+    for name, host in (("alpha", 1), ("beta", 0)):
+        print(blocks[name])
+        assert "GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0" in blocks[name]
+        assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in blocks[name]
+        assert (
+            "--nnodes=1:4 --nproc-per-node=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=x" in blocks[name]
+        )
+        assert f"--rdzv-endpoint=alpha:1234 --rdzv-conf=is_host={host} --local-addr={name}" in blocks[name]
+
+
+def test_without_hosts_it_says_whose_names_these_are():
+    status, out, _ = run()
+    assert status == 0 and out.startswith("# For two nodes called node1 and node2. Name yours: ")
+
+
+FLAGS = ["--num-samples=1291", f"--batch-size={GLOBAL_BATCH // 2}", "--use-gpu=0"]
+
+
+def training(folder: Path) -> list[str]:
+    return [*FLAGS, f"--snapshot-dir={folder}/snapshots", f"--metrics={folder}/metrics.jsonl"]
+
+
+def marked(folder: Path) -> list[str]:
+    """The processes of a run: torchrun and its ranks have `folder` on their command lines."""
+    out = subprocess.run(["ps", "-ewwo", "pid=,args="], capture_output=True, text=True, check=True).stdout
+    return [line for line in out.splitlines() if str(folder) in line]
+
+
+def wait_for_snapshot(folder: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 90
+    while not snapshots(folder):
+        assert process.poll() is None and time.monotonic() < end, "no snapshot appears"
+        time.sleep(0.02)
+
+
+def test_local_nodes_train(tmp_path):
+    status, out, err = run("--local=2", "--nproc-per-node=1", "--", *training(tmp_path), "--epochs=1")
+    assert status == 0 and err == ""
+    assert "[node 0] done: " in out and all(line.startswith("[node ") for line in out.splitlines())
+    assert len(read_run("", tmp_path).losses) == 53
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+)
+def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
+    flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
+    process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=PATH)
+    try:
+        wait_for_snapshot(tmp_path / "snapshots", process)
+        os.kill(process.pid, number)
+        out, err = process.communicate(timeout=60)  # until the last of its processes lets go of its output
+    finally:
+        finish(process, timeout=30)
+    print(out, err)
+    end = time.monotonic() + 20
+    while marked(tmp_path) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert marked(tmp_path) == []
+    assert process.returncode == expected
+    if number != signal.SIGKILL:
+        assert "SIGTERM: saved at step" in out and "stopping all nodes" in err
+
+
+def test_a_node_that_fails_stops_the_others(tmp_path):
+    process = start(
+        [
+            SCRIPT,
+            "--local=2",
+            "--nproc-per-node=1",
+            "--",
+            *training(tmp_path),
+            "--epochs=1000",
+            "--save-every=5",
+        ],
+        ROOT,
+        PATH=PATH,
+    )
+    try:
+        wait_for_snapshot(tmp_path / "snapshots", process)
+        victim = next(line for line in marked(tmp_path) if "--node-rank=1" in line and "bash -c" not in line)
+        os.kill(int(victim.split()[0]), signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    finally:
+        finish(process, timeout=30)
+    print(out, err)
+    assert process.returncode != 0
+    assert "stopping all nodes" in err
+    assert marked(tmp_path) == []
+
+
+needs_ssh = pytest.mark.skipif(
+    not possible() or not Path("/usr/sbin/sshd").exists(),
+    reason=f"{WHY}, and sshd: apt-get install openssh-server openssh-client",
+)
+
+
+@pytest.fixture
+def net(tmp_path):
+    """Two nodes with an SSH server each, and a third host to work from."""
+    key, config = tmp_path / "key", tmp_path / "ssh_config"
+    with network(tmp_path / "net", 3) as made:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+        shutil.copy(f"{key}.pub", tmp_path / "authorized")
+        config.write_text(
+            f"IdentityFile {key}\nUser root\nBatchMode yes\nConnectTimeout 5\nLogLevel ERROR\n"
+            "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+        )
+        sshd = f"/usr/sbin/sshd -f /dev/null -h {key} -o AuthorizedKeysFile={tmp_path}/authorized"
+        sshd += " -o StrictModes=no -o PidFile=none"
+        for host in made.hosts[:2]:
+            host.run("mkdir /run/sshd", sshd)
+        made.ssh = f"ssh -F {config}"
+        yield made
+
+
+def launcher(net, mode, *words):
+    """Start the launcher on the third host."""
+    setup = f"export PATH={PATH}; export CUDA_VISIBLE_DEVICES="
+    line = [
+        SCRIPT,
+        mode,
+        "--hosts=node1,node2",
+        f"--ssh={net.ssh}",
+        f"--setup={setup}",
+        "--nproc-per-node=1",
+        *words,
+    ]
+    return net.hosts[2].start("exec " + " ".join(f"'{word}'" for word in line), **environment())
+
+
+@needs_ssh
+def test_check_finds_two_nodes_ready(net):
+    (net.folder / "data" / "MNIST" / "raw").mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (net.folder / "data" / "MNIST" / "raw" / f"{name}-ubyte").touch()
+    process = launcher(net, "--check", "--", f"--data-dir={net.folder}/data")
+    out, _ = process.communicate(timeout=60)
+    print(out)
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(" node")}
+    assert process.returncode == 0 and "All nodes are ready." in out and "!" not in out
+    assert torch.__version__ in rows["node1"] and torch.__version__ in rows["node2"]
+    for name, port in (("node1", "free"), ("node2", "open")):
+        assert rows[name].split()[-3:] == [port, "eth0", "mnist"]
+
+
+@needs_ssh
+def test_check_says_how_to_mend_what_is_wrong(net, tmp_path):
+    first, second, _ = net.hosts
+    other = tmp_path / "models.py"
+    other.write_text((ROOT / "common" / "models.py").read_text() + "# changed\n")
+    second.run(
+        f"mount --bind {other} {ROOT}/common/models.py",
+        "echo 127.0.0.1 node1 > /tmp/h && mount --bind /tmp/h /etc/hosts".replace("/tmp/h", f"{tmp_path}/h"),
+    )
+    listener = (
+        "import socket, time; s = socket.create_server(('', 29500)); print(1, flush=True); time.sleep(99)"
+    )
+    taken = first.start(f'python3 -c "{listener}"')
+    assert taken.stdout.readline() == "1\n"
+    process = launcher(net, "--check", "--hosts=node1,node2,node3")
+    out, _ = process.communicate(timeout=60)
+    print(out)
+    assert process.returncode == 1
+    for fix in (
+        "! node1: port 29500 is taken there: end what listens (ss -tlnp), or choose another --port",
+        "! node1: no MNIST in data: copy it there",
+        "! node2: its code is not node1's (",
+        "! node2: cannot connect to node1:29500: open it",
+        "! node2: the other node's name leads to this node itself: mend /etc/hosts",
+        "! node3: SSH: ssh: connect to host node3 port 22: Connection refused. Try: ",
+    ):
+        assert fix in out, fix
+
+
+@needs_ssh
+def test_run_trains_on_both_nodes(net, proof):
+    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 2}", *training(net.disk)[2:]]
+    process = launcher(net, "--run", "--", *flags)
+    out, _ = process.communicate(timeout=120)
+    print(out)
+    assert process.returncode == 0
+    assert "[node1] done: " in out and all(line.startswith("[node") for line in out.splitlines())
+    for host in net.hosts[:2]:
+        state = torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)
+        difference = largest_difference(state["model"], proof("03", 2).weights)
+        print(f"{host.name}'s snapshot against step 03's: {difference}")
+        assert difference == 0.0
+
+
+@needs_ssh
+@pytest.mark.parametrize("how", ["Ctrl-C", "a node fails"])
+def test_run_stops_all_nodes_and_leaves_nothing(net, how):
+    process = launcher(net, "--run", "--", *training(net.disk), "--epochs=1000", "--save-every=5")
+    try:
+        wait_for_snapshot(net.hosts[1].disk / "snapshots", process)
+        if how == "Ctrl-C":
+            net.hosts[2].run("pkill -INT -o -f launch_multinode.sh")
+        else:
+            net.hosts[1].run("pkill -KILL -f 04_multinode/train.py")
+        out, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    print(out)
+    assert "stopping all nodes" in out
+    if how == "Ctrl-C":
+        assert process.returncode == 130 and "[node1] SIGTERM: saved at step" in out
+    else:
+        assert process.returncode not in (0, 130)
+    for host in net.hosts:
+        left = [line for line in host.processes() if "sshd" not in line]
+        print(f"{host.name}: {left}")
+        assert left == []
