@@ -301,7 +301,7 @@ check() {
     for ((k = 0; k < count; k++)); do
         cell $k "${names[k]}" 16 yes
         if [ "$(said $k ssh)" != ok ]; then
-            cell $k no 5 "" "SSH: $(tail -n 1 "$scratch/errors.$k"). Try: $ssh ${logins[k]} true; to let it in: ssh-copy-id ${logins[k]}"
+            cell $k no 5 "" "SSH: $(tail -n 1 "$scratch/errors.$k" | tr -d "\r"). Try: $ssh ${logins[k]} true; to let it in: ssh-copy-id ${logins[k]}"
         elif [ "$(said $k folder)" != there ]; then
             cell $k ok 5 "" "there is no $dir: git clone the project there, or say where it is with --dir"
         else

@@ -1,0 +1,162 @@
+"""04_multinode/slurm.sbatch on a real Slurm: a controller and two nodes, each in namespaces of its own."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference, read_run
+
+from benchmarks.hosts import WHY, network, possible
+from common.snapshot import snapshots
+
+NEEDED = ["slurmctld", "slurmd", "sbatch", "munged"]
+MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING) or not possible(),
+    reason=f"{WHY}, and Slurm: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge",
+)
+
+CONFIG = """
+ClusterName=rehearsal
+SlurmctldHost=node1(10.77.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CryptoType=crypto/munge
+MpiDefault=none
+SwitchType=switch/none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/builtin
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldTimeout=30
+SlurmdTimeout=30
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+NodeName=node[1-2] NodeAddr=10.77.0.[1-2] CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Cluster:
+    def __init__(self, net, folder: Path):
+        self.net, self.folder = net, folder
+        self.project = folder / "project"
+        for name in ("common", FOLDERS["04"]):
+            shutil.copytree(ROOT / name, self.project / name)
+
+    def up(self) -> None:
+        munge = self.folder / "munge"
+        for name in ("munge", "state", "spool.node1", "spool.node2"):
+            (self.folder / name).mkdir()
+        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (munge / "key").write_bytes(os.urandom(1024))
+        (munge / "key").chmod(0o400)
+        files = " ".join(f"--{what}-file={munge}/{what}" for what in ("key", "pid", "log", "seed"))
+        # --force: as root, and in a folder that is not munge's own
+        self.net.hosts[0].run(f"/usr/sbin/munged --force --socket={munge}/socket {files}")
+        self.run("/usr/sbin/slurmctld -i")
+        for host in self.net.hosts:
+            host.run(f"SLURM_CONF={self.folder}/slurm.conf /usr/sbin/slurmd")
+        self.wait_for(lambda: self.run("sinfo -h -N -o %t").split() == ["idle", "idle"], "two idle nodes", 30)
+
+    def run(self, line: str) -> str:
+        """Run a command of Slurm's on the first node, in the project's folder."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        variables = {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path, "RANKS": "1"}
+        exports = [
+            f"export {name}='{value}'"
+            for name, value in {**environment(), **variables}.items()
+            if "'" not in value and name.isidentifier()
+        ]
+        return self.net.hosts[0].run(*exports, f"cd {self.project}", line)
+
+    def wait_for(self, condition, why: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{why}: not within {seconds} s"
+            time.sleep(0.1)
+
+    def submit(self, *flags: str) -> str:
+        """Submit the script; the job's number."""
+        disk = self.net.disk
+        own = [f"--snapshot-dir={disk}/snapshots", f"--metrics={disk}/metrics.jsonl", "--use-gpu=0"]
+        words = [*PROOF, f"--batch-size={GLOBAL_BATCH // 2}", *own, *flags]
+        return self.run(f"sbatch --parsable 04_multinode/slurm.sbatch {' '.join(words)}").strip()
+
+    def state(self, job: str) -> str:
+        return self.run(
+            f"squeue --noheader --states=all --format=%T --jobs={job} 2>/dev/null || true"
+        ).strip()
+
+    def finish(self, job: str) -> str:
+        """Wait for a job's end; what it printed, all files together."""
+        try:
+            self.wait_for(
+                lambda: self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", ""), f"job {job}", 120
+            )
+        finally:
+            files = sorted(self.project.glob(f"ddp-{job}*.out"))
+            out = "".join(f"--- {path.name}\n{path.read_text()}" for path in files)
+            print(out, self.run(f"scontrol show job {job} || true"))
+        assert self.state(job) == "COMPLETED"
+        assert [path.name for path in files] == [
+            f"ddp-{job}-node1.out",
+            f"ddp-{job}-node2.out",
+            f"ddp-{job}.out",
+        ]
+        return out
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    with network(tmp_path / "net", 2) as net:
+        made = Cluster(net, tmp_path / "slurm")
+        made.up()
+        yield made
+
+
+def check(cluster, proof) -> None:
+    """Both nodes' snapshots are those of step 03 in one machine."""
+    for host in cluster.net.hosts:
+        state = torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)
+        difference = largest_difference(state["model"], proof("03", 2).weights)
+        print(f"{host.name}'s snapshot against step 03's: {difference}")
+        assert difference == 0.0
+    run = read_run("on Slurm", cluster.net.hosts[0].disk)
+    assert torch.equal(run.losses, proof("03", 2).losses)
+
+
+def test_a_job_equals_step_03(cluster, proof):
+    cluster.finish(cluster.submit())
+    check(cluster, proof)
+
+
+def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof):
+    job = cluster.submit("--save-every=1")
+    disk = cluster.net.hosts[1].disk / "snapshots"
+    cluster.wait_for(
+        lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 60
+    )
+    cluster.run(f"scancel --signal=TERM {job}")
+    cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
+    # Slurm would wait two minutes. Not now either: nodes revoke a job's credentials up to the current second.
+    cluster.run(f"scontrol update JobId={job} StartTime=now+2")
+    out = cluster.finish(job)
+    assert "SIGTERM: saved at step" in out and "SIGTERM: queueing again" in out and "resumed from" in out
+    check(cluster, proof)
