@@ -92,13 +92,13 @@ def check_that_nodes_agree(args, data):
     dist.all_gather_object(ranks, (socket.gethostname(), mine))
     first_host, first = ranks[0]
     differences = [
-        f"rank {rank} on {host} has {name} {theirs[name]}, rank 0 on {first_host} has {first[name]}"
+        f"rank {rank} on {host} has {name} {theirs.get(name)}, rank 0 on {first_host} has {first[name]}"
         for rank, (host, theirs) in enumerate(ranks)
         for name in first
-        if theirs[name] != first[name]
+        if theirs.get(name) != first[name]
     ]
     if differences:
-        fail(f"{'; '.join(differences)}: make the nodes the same")
+        fail(f"{'; '.join(differences[:6])}: make the nodes the same")
 
 
 terminated = False
@@ -277,7 +277,9 @@ def worker(args):
         main(args, device)
     except RuntimeError as error:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        error.add_note(f"Seen by {seen_by}: 'Timed out' or 'Connection closed' mean a lost node or link.")
+        error.add_note(
+            f"Seen by {seen_by}. After a time-out or a lost connection look at the other nodes first."
+        )
         raise
     finally:
         cleanup()

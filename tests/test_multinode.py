@@ -189,7 +189,7 @@ def test_the_link_is_cut(net):
         print(f"{host.name}: {time.monotonic() - cut:.0f} s after the cut")
         assert status == 1
         assert "Timed out waiting 5000ms" in out
-        assert re.search(rf"Seen by rank \d on {host.name}: 'Timed out' or 'Connection closed' mean", out)
+        assert re.search(rf"Seen by rank \d on {host.name}", out)
     assert newest(first) >= 20 and newest(second) >= 20
 
 

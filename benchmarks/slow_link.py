@@ -1,0 +1,64 @@
+"""What a slow link between two nodes costs step 04, and what --accumulate saves: a table.
+
+    sudo .venv/bin/python benchmarks/slow_link.py
+
+Needs root, for two hosts in namespaces (see hosts.py). Each has one rank with one thread.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.hosts import WHY, commands_for, network, possible  # noqa: E402
+from common.options import fail  # noqa: E402
+
+LINKS = {
+    "as fast as this machine copies": None,
+    "100 Mbit/s, 1 ms": (1, 100),
+    "10 Mbit/s, 20 ms": (20, 10),
+}  # delay one way
+ACCUMULATE = [1, 4, 16]
+# 32 batches an epoch, on both nodes together; the first epoch warms up.
+FLAGS = ["--num-samples=4096", "--batch-size=64", "--epochs=3", "--use-gpu=0"]
+
+
+def measure(link: tuple[float, float] | None, accumulate: int) -> tuple[float, float]:
+    """Train; the seconds of a step and the images/s of both nodes together."""
+    with tempfile.TemporaryDirectory() as scratch, network(Path(scratch, "net"), 2, link) as net:
+        own = [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl"]
+        flags = [*FLAGS, f"--accumulate={accumulate}", *own]
+        commands = commands_for(["node1", "node2"], "--nproc-per-node=1", "--", *flags)
+        running = [host.start(commands[host.name], CUDA_VISIBLE_DEVICES="") for host in net.hosts]
+        for process in running:
+            out, _ = process.communicate()
+            if process.returncode != 0:
+                print(out)
+                sys.exit(1)
+        lines = (net.hosts[0].disk / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    warm = [event for event in events if event["event"] == "train" and event["epoch"] > 0]
+    rate = sum(event["images_per_s"] for event in warm) / len(warm)
+    return 2 * 64 * accumulate / rate, rate
+
+
+def main() -> None:
+    if not possible():
+        fail(WHY)
+    print(f"{os.cpu_count()} cores; model cnn, gradients of 0.83 MB, batch 64 on each of two nodes")
+    print("| link | " + " | ".join(f"`--accumulate {n}`" for n in ACCUMULATE) + " |")
+    print("|---" * (1 + len(ACCUMULATE)) + "|")
+    for name, link in LINKS.items():
+        cells = []
+        for accumulate in ACCUMULATE:
+            seconds, rate = measure(link, accumulate)
+            cells.append(f"{seconds:.3f} s a step, {rate:,.0f} images/s")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
