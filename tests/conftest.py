@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,15 @@ FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
+    return report
 
 
 @pytest.fixture

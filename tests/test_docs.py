@@ -34,11 +34,12 @@ BY_HAND = [
     line for page in PAGES for line in commands(page) if line.startswith(("python3 -m venv", ".venv/"))
 ]
 MAKE = [line for page in PAGES for line in commands(page) if line.startswith(("make ", "bash .ci/run"))]
+SLURM = [line for page in PAGES for line in commands(page) if line.startswith("sbatch ")]  # test_slurm.py
 RUN = [
     pytest.param(page, i, line, id=f"{page.parent.name if page.parent != ROOT else 'top'}-{i}")
     for page in PAGES
     for i, line in enumerate(commands(page))
-    if line not in BY_HAND + MAKE
+    if line not in BY_HAND + MAKE + SLURM
 ]
 
 
@@ -46,7 +47,7 @@ RUN = [
 def checkout(tmp_path_factory):
     """A copy of the files that the commands need, to run them in."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ["common", "compare_steps.py", *FOLDERS.values()]:
+    for name in ["common", "compare_steps.py", "launch_multinode.sh", *FOLDERS.values()]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     return folder
@@ -64,7 +65,7 @@ def test_a_command_runs_as_written(checkout, page, i, line):
     print(f"$ {line}\n{out}\n{err}")
     # `diff` exits with 1 when there are differences, which is the point.
     assert status == (1 if line.startswith("diff ") else 0)
-    if "train.py" in line and not line.startswith("diff"):
+    if ("train.py" in line and not line.startswith("diff")) or "--local" in line:
         assert "test loss" in out and "done: " in out
 
 
