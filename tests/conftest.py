@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -180,16 +181,17 @@ PROOF = ["--num-samples=1291", "--epochs=2", "--precision=float64"]
 
 
 @pytest.fixture(scope="session")
-def proof(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """The run of a step with the flags PROOF, made once a session."""
-    made: dict[tuple[str, int, str], Run] = {}
+def proof(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Run]:
+    """The run of a step with the flags PROOF, made once for all processes that test."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
 
     def get(step: str, ranks: int = 1, model: str = "cnn") -> Run:
-        key = (step, ranks, model)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(f"proof-{step}-{ranks}-{model}")
-            flags = [*PROOF, f"--model={model}", f"--batch-size={GLOBAL_BATCH // ranks}"]
-            made[key] = train(step, ranks, folder, *flags)
-        return made[key]
+        folder = shared / f"proof-{step}-{ranks}-{model}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "out").exists():
+                flags = [*PROOF, f"--model={model}", f"--batch-size={GLOBAL_BATCH // ranks}"]
+                (folder / "out").write_text(train(step, ranks, folder, *flags).out)
+        return read_run(f"step {step} at {ranks} ranks", folder, (folder / "out").read_text())
 
     return get

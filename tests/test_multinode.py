@@ -91,15 +91,15 @@ def weights(host: Host) -> dict[str, torch.Tensor]:
     return torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("options", [[], ["--elastic=2:2"]], ids=["static", "c10d"])
-def test_two_hosts_do_exactly_what_step_03_does(net, proof, options):
-    assert [status for status, _ in all_ended(launch(net, options, ranks=2))] == [0, 0]
-    in_one_machine = proof("03", 4)
+@pytest.mark.parametrize(("options", "ranks"), [([], 2), (["--elastic=2:2"], 1)], ids=["static", "c10d"])
+def test_two_hosts_do_exactly_what_step_03_does(net, proof, options, ranks):
+    assert [status for status, _ in all_ended(launch(net, options, ranks=ranks))] == [0, 0]
+    in_one_machine = proof("03", 2 * ranks)
     for host in net.hosts:
         difference = largest_difference(weights(host), in_one_machine.weights)
-        print(f"{host.name}'s snapshot against step 03's at 4 ranks: {difference}")
+        print(f"{host.name}'s snapshot against step 03's at {2 * ranks} ranks: {difference}")
         assert difference == 0.0
-    run = read_run("2 hosts × 2 ranks", net.hosts[0].disk)
+    run = read_run(f"2 hosts × {ranks} ranks", net.hosts[0].disk)
     assert torch.equal(run.losses, in_one_machine.losses)
     assert disagreements(run, proof("01")) == []
 
@@ -188,7 +188,8 @@ def test_the_link_is_cut(net):
         status, out = ended(host, process, timeout=60)
         print(f"{host.name}: {time.monotonic() - cut:.0f} s after the cut")
         assert status == 1
-        assert "Timed out waiting 5000ms" in out
+        # The second when the step and its question about SIGTERM both wait, and the other was first.
+        assert "Timed out waiting 5000ms" in out or "Application timeout caused pair closure" in out
         assert re.search(rf"Seen by rank \d on {host.name}", out)
     assert newest(first) >= 20 and newest(second) >= 20
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -126,8 +127,10 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path):
-    with network(tmp_path / "net", 2) as net:
-        made = Cluster(net, tmp_path / "slurm")
+    # A short path: slurmd puts sockets there, whose names may have 108 characters.
+    short = tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp")
+    with network(tmp_path / "net", 2) as net, short as folder:
+        made = Cluster(net, Path(folder))
         made.up()
         yield made
 
