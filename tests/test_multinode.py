@@ -91,7 +91,9 @@ def weights(host: Host) -> dict[str, torch.Tensor]:
     return torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)["model"]
 
 
-@pytest.mark.parametrize(("options", "ranks"), [([], 2), (["--elastic=2:2", "--interface=eth0"], 1)], ids=["static", "c10d"])
+@pytest.mark.parametrize(
+    ("options", "ranks"), [([], 2), (["--elastic=2:2", "--interface=eth0"], 1)], ids=["static", "c10d"]
+)
 def test_two_hosts_do_exactly_what_step_03_does(net, proof, options, ranks):
     assert [status for status, _ in all_ended(launch(net, options, ranks=ranks))] == [0, 0]
     in_one_machine = proof("03", 2 * ranks)
