@@ -13,8 +13,8 @@ from conftest import FOLDERS, ROOT, command, disagreements, finish, largest_diff
 
 from common.snapshot import snapshots
 
-# 25 steps of 24 images an epoch, snapshots at 10, 20, 25, 30 … 75; the last three stay.
-FLAGS = ["--num-samples=601", "--epochs=3", "--precision=float64", "--save-every=10"]
+# 19 steps of 24 images an epoch, snapshots at 10, 19, 20, 30 … 60, 70, 76; the last three stay.
+FLAGS = ["--num-samples=457", "--epochs=4", "--precision=float64", "--save-every=10"]
 LAUNCHES = [(step, 1 if step == "01" else 2) for step in FOLDERS]
 
 
@@ -41,8 +41,8 @@ def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, ste
     interrupted(whole, tmp_path, step)
     run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
     difference = largest_difference(run.weights, whole[step].weights)
-    print(f"{run.name}, resumed after step 60 of 75: {len(run.losses)} steps, weights {difference}")
-    assert len(run.losses) == 15
+    print(f"{run.name}, resumed after step 60 of 76: {len(run.losses)} steps, weights {difference}")
+    assert len(run.losses) == 16
     assert difference == 0.0
     assert run.test == whole[step].test
 
@@ -58,12 +58,12 @@ def test_resumed_at_another_world_size(whole, tmp_path):
     assert run.test["correct"] == whole["01"].test["correct"]
 
 
-def test_one_epoch_with_each_step_is_three_epochs_of_step_01(whole, tmp_path):
+def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
     """One snapshot format for all: the folder is handed on from step to step."""
-    ladder = [("01", 1), ("02", 2), ("03", 3)]
+    ladder = [("01", 1), ("02", 2), ("03", 3), ("04", 2)]
     for epoch, (step, ranks) in enumerate(ladder, start=1):
         run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={24 // ranks}")
-    run.name = "an epoch each of 01, 02 and 03"
+    run.name = "an epoch each of 01, 02, 03 and 04"
     assert disagreements(run, whole["01"]) == []
 
 
@@ -103,7 +103,7 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
     run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", root=tmp_path)
     difference = largest_difference(run.weights, whole["01"].weights)
     print(f"without {forgotten}: {len(run.losses)} steps, weights {difference:.1e}")
-    assert difference > 1e-10 or len(run.losses) != 15
+    assert difference > 1e-10 or len(run.losses) != 16
 
 
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
@@ -122,7 +122,7 @@ def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
     assert status != 0
     assert lines == [
         "error: the ranks do not start from the same place (data, epoch, images): "
-        "[('synthetic-601', 2, 240), ('synthetic-601', 0, 0)]"
+        "[('synthetic-457', 3, 72), ('synthetic-457', 0, 0)]"
     ]
 
 
@@ -134,7 +134,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert models.read_text().count("nn.Flatten(),") == 1
     models.write_text(models.read_text().replace("nn.Flatten(),", "nn.Flatten(),\n        nn.Dropout(),"))
     uninterrupted = train("01", 1, tmp_path / "a", *FLAGS, "--batch-size=24", root=tmp_path)
-    for last, steps in (("snapshot-00000060", 15), ("snapshot-00000070", 5)):
+    for last, steps in (("snapshot-00000060", 16), ("snapshot-00000070", 6)):
         interrupted({"01": uninterrupted}, tmp_path / last, "01")
         if last == "snapshot-00000070":
             shutil.copy(uninterrupted.snapshot_dir / f"{last}.pt", tmp_path / last / "snapshots")
