@@ -221,7 +221,6 @@ class Trainer:
         first = next(rank for rank, name in enumerate(marks) if (self.args.snapshot_dir / name).exists())
         dist.barrier(group=self.control)  # marks stay, and nobody saves, until all have looked
         mark.unlink(missing_ok=True)
-        self.report.detail(f"rank {first} writes the snapshots in {self.args.snapshot_dir}")
         return first == self.rank
 
     def save_snapshot(self):
@@ -235,7 +234,8 @@ class Trainer:
             "global_step": self.global_step,
             "world_size": self.world_size,
         }
-        snapshot.save(self.args, self.train_data.name, state)
+        path = snapshot.save(self.args, self.train_data.name, state)
+        self.report.detail(f"saved {path}")
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, self.train_data.name)
