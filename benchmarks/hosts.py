@@ -75,7 +75,7 @@ class Host:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # torchrun's folder first
         return subprocess.Popen(
             self.words("bash", "-c", script),
-            env={**os.environ, "PATH": path, **extra},
+            env={**os.environ, **extra, "PATH": path},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
