@@ -159,7 +159,9 @@ def test_local_nodes_train(tmp_path):
     assert len(read_run("", tmp_path).losses) == 53
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=str)
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+)
 def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
     process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=PATH)

@@ -58,9 +58,8 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     assert source.count(right) == 1, f"step {step} has no line to plant '{bug}' in"
     (tmp_path / FOLDERS[step]).mkdir()
     (tmp_path / FOLDERS[step] / "train.py").write_text(source.replace(right, wrong))
-    ranks = 3 if symptom == "evaluation" else 2
-    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // ranks}"]
-    run = train(step, ranks, tmp_path / "run", *flags, root=tmp_path)
+    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 3}"]
+    run = train(step, 3, tmp_path / "run", *flags, root=tmp_path)
     found = disagreements(run, proof("01"))
     print(f"step {step}, {bug}: {found}")
     assert symptom in found
