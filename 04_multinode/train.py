@@ -26,13 +26,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
 
-from common.options import fail, make_parser, pick_device, whole_number
+from common.options import fail, make_parser, pick_device, positive_float, whole_number
 
 
 def parse_args():
     parser = make_parser(__file__, __doc__)
     add = parser.add_argument
     add("--accumulate", type=whole_number, default=1, metavar="N", help="batches per step, averaged once (1)")
+    add("--clip-norm", type=positive_float, metavar="X", help="shrink gradients whose norm is above X")
     add("--timeout", type=whole_number, default=120, metavar="S", help="seconds until a rank is lost (120)")
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ:
@@ -188,6 +189,8 @@ class Trainer:
                     loss = F.cross_entropy(self.ddp_model(images), labels) / self.args.accumulate
                 loss.backward()  # in the last of these DDP averages the gradients' sums over the ranks
             losses.append(loss.detach())  # tensors: .item() would make the CPU wait for the GPU at every step
+        if self.args.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_norm)
         self.optimizer.step()
         return torch.stack(losses).sum()
 

@@ -24,7 +24,7 @@ class Normalized(nn.Module):
         return self.net((pixels / 255 - MEAN) / STD)
 
 
-def cnn() -> nn.Module:
+def cnn(args: argparse.Namespace) -> nn.Module:
     """Two convolutions and two linear layers, 206,922 parameters.
 
     No dropout and no batch norm: every sample's gradient is independent of the batch it is in,
@@ -44,7 +44,7 @@ def cnn() -> nn.Module:
     )
 
 
-def resnet18() -> nn.Module:
+def resnet18(args: argparse.Namespace) -> nn.Module:
     """torchvision's ResNet-18 (He et al., 2015) for one input channel, 11,175,370 parameters.
 
     Its batch norm sees each rank's own part of the batch: results depend on the world size.
@@ -56,17 +56,25 @@ def resnet18() -> nn.Module:
     return net
 
 
-def vit() -> nn.Module:
-    """torchvision's VisionTransformer (Dosovitskiy et al., 2020), small enough for a CPU.
+def vit(args: argparse.Namespace) -> nn.Module:
+    """torchvision's VisionTransformer (Dosovitskiy et al., 2020), by default small enough for a CPU.
 
-    One input channel, 16 patches of 7×7 pixels, four blocks of width 64, no dropout.
+    One input channel, 16 patches of 7×7 pixels, `args.vit_depth` blocks of width `args.vit_width`, no
+    dropout; heads 64 wide as in the paper, but at least four of them. 137,226 parameters at 64×4.
     """
     from torchvision.models import VisionTransformer
 
+    width = args.vit_width
     net = VisionTransformer(
-        image_size=28, patch_size=7, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+        image_size=28,
+        patch_size=7,
+        num_layers=args.vit_depth,
+        num_heads=max(4, width // 64),
+        hidden_dim=width,
+        mlp_dim=2 * width,
+        num_classes=10,
     )
-    net.conv_proj = nn.Conv2d(1, 64, kernel_size=7, stride=7)
+    net.conv_proj = nn.Conv2d(1, width, kernel_size=7, stride=7)
     return net
 
 
@@ -79,7 +87,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     Its parameters are float64 with `--precision float64` (the same numbers, cast), else float32.
     `--compile` compiles it in place: the names of its parameters stay what they are.
     """
-    model: nn.Module = Normalized(MODELS[args.model]())
+    model: nn.Module = Normalized(MODELS[args.model](args))
     if args.precision == "float64":
         model = model.double()
     if args.compile:

@@ -51,7 +51,8 @@ class OneLineParser(argparse.ArgumentParser):
         if "snapshot_dir" in parsed and parsed.snapshot_dir is None:
             # Runs with another model or data set cannot go on from each other's snapshots.
             data = f"synthetic-{parsed.num_samples}" if parsed.num_samples else "mnist"
-            parsed.snapshot_dir = Path("checkpoints", parsed.step, f"{parsed.model}-{data}")
+            size = f"-{parsed.vit_width}x{parsed.vit_depth}" if parsed.model == "vit" else ""
+            parsed.snapshot_dir = Path("checkpoints", parsed.step, f"{parsed.model}{size}-{data}")
         return parsed, rest
 
 
@@ -59,6 +60,13 @@ def whole_number(text: str) -> int:
     """An integer of 1 or more, for argparse."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not '{text}'")
+    return int(text)
+
+
+def multiple_of_64(text: str) -> int:
+    """64, 128, 192 …, for argparse."""
+    if whole_number(text) % 64:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 64, not '{text}'")
     return int(text)
 
 
@@ -98,6 +106,8 @@ def make_parser(script: str, description: str) -> OneLineParser:
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
     add("--seed", type=seed_number, default=0, metavar="N", help="the same on every rank (0)")
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
+    add("--vit-width", type=multiple_of_64, default=64, metavar="N", help="of each of vit's blocks (64)")
+    add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
     add("--num-samples", type=whole_number, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
     add(

@@ -1,14 +1,18 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same
-for every step of the ladder: begin with one script, go on with another.
+for steps 01 to 04: begin with one script, go on with another. Step 05's is a folder of that name
+without `.pt`: the ranks' shards, as torch.distributed.checkpoint writes them, and the rest of the
+dictionary in `state.pt`. 05_fsdp/convert.py makes one of the other.
 """
 
 import argparse
 import io
 import os
 import re
+import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +22,68 @@ from common.options import fail, warn
 
 FORMAT = 1
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
+STATE = "state.pt"  # in a sharded snapshot: all that is not a shard, and the shards' checksums
 
 
-def snapshots(folder: Path) -> list[Path]:
-    """The snapshots in `folder`, newest first."""
-    found = [path for path in folder.glob("snapshot-*.pt") if re.fullmatch(r"snapshot-\d{8,}", path.stem)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("snapshot-")), reverse=True)
+def step_of(path: Path) -> int:
+    """The global step in a snapshot's name."""
+    return int(path.stem.removeprefix("snapshot-"))
+
+
+def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
+    """The snapshots in `folder`, newest first: steps 01 to 04's files, or step 05's folders."""
+    name = r"snapshot-\d{8,}" if sharded else r"snapshot-\d{8,}\.pt"
+    found = [path for path in folder.glob("snapshot-*") if re.fullmatch(name, path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def identity(args: argparse.Namespace, dataset: str) -> dict[str, Any]:
     """What a run and the snapshot that it resumes from must have in common."""
+    size = {"vit_width": args.vit_width, "vit_depth": args.vit_depth} if args.model == "vit" else {}
     return {
         "format": FORMAT,
         "model_name": args.model,
+        **size,
         "dataset": dataset,
         "precision": args.precision,
         "seed": args.seed,
     }
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to the file `path` in one go: it is there whole, or as it was. Raises OSError."""
+    # Through memory, so that whatever the disk objects to arrives as an OSError.
+    content = io.BytesIO()
+    torch.save(state, content)
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        # The name changes hands in one go, and only when the bytes are on the disk.
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> dict[str, Any]:
+    """`state` with what every snapshot has: the run's identity, batch size, and random numbers' state."""
+    state = {**state, **identity(args, dataset), "batch_size": args.batch_size, "rng": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    return state
 
 
 def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
@@ -50,36 +99,61 @@ def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
     """
     folder = args.snapshot_dir
     path = folder / f"snapshot-{state['global_step']:08d}.pt"
-    state = {**state, **identity(args, dataset), "batch_size": args.batch_size, "rng": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    # Through memory, so that whatever the disk objects to arrives as an OSError.
-    content = io.BytesIO()
-    torch.save(state, content)
-    temporary = folder / f".{path.name}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        # The name changes hands in one go, and only when the bytes are on the disk; the folder's
-        # own fsync makes the new name survive a power cut.
-        os.replace(temporary, path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        write(path, complete(args, dataset, state))
         for old in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}: {error.strerror}; make room or choose another --snapshot-dir")
     return path
 
 
-def read(path: Path) -> tuple[dict[str, Any], str]:
-    """The state in a file, and what is wrong with it (an empty string if nothing is)."""
+def unfinished(folder: Path, global_step: int) -> Path:
+    """Where the shards of a snapshot are written, until `finish` gives it its name."""
+    return folder / f".snapshot-{global_step:08d}.tmp"
+
+
+def finish(folder: Path, state: dict[str, Any]) -> Path:
+    """Make a snapshot of the shards that are all in `unfinished(folder, …)`; keep the newest three.
+
+    Args:
+        folder: the snapshots' folder.
+        state: what `complete` returned when the shards were copied.
+
+    Returns the snapshot's path. `fail`s if it cannot be written; the snapshots before it are untouched.
+    """
+    shards = unfinished(folder, state["global_step"])
+    path = folder / f"snapshot-{state['global_step']:08d}"
     try:
-        content = path.read_bytes()
+        checksums = {file.name: checksum(file) for file in sorted(shards.iterdir())}
+        write(shards / STATE, {**state, "checksums": checksums})
+        if path.exists():  # damaged, or of the same step: a folder cannot be replaced in one go
+            os.rename(path, shards.with_suffix(".old.tmp"))
+        os.rename(shards, path)
+        sync_folder(folder)
+        for old in [*snapshots(folder, sharded=True)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; make room or choose another --snapshot-dir")
+    return path
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def read(path: Path) -> tuple[dict[str, Any], str]:
+    """The state in a snapshot, without its shards, and what is wrong with it (an empty string if nothing)."""
+    sharded = path.is_dir()
+    if sharded and not (path / STATE).exists():
+        return {}, f"{STATE} is missing"
+    try:
+        content = (path / STATE if sharded else path).read_bytes()
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
     try:
@@ -91,17 +165,24 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not isinstance(state, dict) or "format" not in state:
         return {}, "not a snapshot of this project"
+    for name, crc in state.get("checksums", {}).items():
+        if not (path / name).exists():
+            return {}, f"{name} is missing"
+        if checksum(path / name) != crc:
+            return {}, f"wrong checksum in {name}"
     return state, ""
 
 
-def load_newest(args: argparse.Namespace, dataset: str) -> dict[str, Any] | None:
+def load_newest(args: argparse.Namespace, dataset: str, sharded: bool = False) -> dict[str, Any] | None:
     """The state in the newest snapshot that is whole, or None if `args.snapshot_dir` holds none.
 
-    Tensors are on the CPU. The random number generators are set to where they were.
+    Tensors are on the CPU; of a `sharded` one, the shards have been checked and not loaded. The random
+    number generators are set to where they were.
 
     A damaged file is reported by name and the one before it is taken. `fail`s when none is whole
     (rather than start afresh over them), and when the snapshot is of another model, data set,
-    precision, seed or format than this run. Makes the folder, and `fail`s when it cannot be written.
+    precision, seed or format than this run, or the newest is of the other kind (a file, or sharded).
+    Makes the folder, and `fail`s when it cannot be written.
     """
     # Now rather than after an hour of training: can snapshots be written here?
     try:
@@ -110,7 +191,10 @@ def load_newest(args: argparse.Namespace, dataset: str) -> dict[str, Any] | None
         fail(f"cannot make the folder {args.snapshot_dir}: {error.strerror}; choose another --snapshot-dir")
     if not os.access(args.snapshot_dir, os.W_OK):
         fail(f"cannot write to {args.snapshot_dir}: make it writable or choose another --snapshot-dir")
-    paths = snapshots(args.snapshot_dir)
+    paths, others = snapshots(args.snapshot_dir, sharded), snapshots(args.snapshot_dir, not sharded)
+    if others and (not paths or step_of(others[0]) > step_of(paths[0])):
+        kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
+        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
     if not paths:
         return None
     damaged = []

@@ -1,6 +1,7 @@
 """What the tests share: starting a step as a user would, and saying how two runs differ."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from common.snapshot import snapshots  # noqa: E402
+from common.snapshot import read, snapshots  # noqa: E402
 
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
 
@@ -95,6 +96,17 @@ def finish(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str
     return process.returncode, out, err
 
 
+def newest(folder: Path) -> dict[str, Any]:
+    """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
+    if files := snapshots(folder):
+        return torch.load(files[0], weights_only=True)
+    path = snapshots(folder, sharded=True)[0]
+    spec = importlib.util.spec_from_file_location("convert", ROOT / "05_fsdp" / "convert.py")
+    convert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert)
+    return convert.gather(path, read(path)[0])
+
+
 @dataclass
 class Run:
     """A finished training run."""
@@ -118,7 +130,8 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        return torch.load(snapshots(self.snapshot_dir)[0], weights_only=True)
+        """The newest snapshot's, as steps 01 to 04 save it."""
+        return newest(self.snapshot_dir)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

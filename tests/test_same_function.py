@@ -28,6 +28,17 @@ def test_however_launched_the_ranks_do_the_same_to_the_last_bit(proof, step, ran
     assert torch.equal(run.losses, other.losses)
 
 
+# What adds up in another order than DDP: at 3 ranks, FSDP's reduce-scatter and DDP's all-reduce.
+@pytest.mark.parametrize("model", ["cnn", "vit"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_fsdp_does_what_ddp_does(proof, ranks, model):
+    run, other = proof("05", ranks, model), proof("03", ranks, model)
+    difference = largest_difference(run.weights, other.weights)
+    losses = (run.losses - other.losses).abs().max().item()
+    print(f"steps 03 and 05 at {ranks} ranks, {model}: weights {difference}, losses {losses}")
+    assert difference <= 1e-12 and losses <= 1e-12
+
+
 @pytest.mark.parametrize("model", ["cnn", "vit"])
 def test_the_loss_falls(proof, model):
     losses = proof("01", 1, model).losses

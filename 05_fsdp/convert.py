@@ -1,0 +1,97 @@
+"""Make a plain snapshot of a sharded one, or the other way: so a run moves between step 05 and the rest.
+
+    python 05_fsdp/convert.py checkpoints/05_fsdp/cnn-mnist/snapshot-00000937        # writes ….pt beside it
+    python 05_fsdp/convert.py checkpoints/04_multinode/cnn-mnist/snapshot-00000937.pt     # writes a folder
+
+One process, on the CPU, however many ranks there were or will be. It needs memory for the whole model and
+optimizer state.
+"""
+
+import argparse
+import re
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
+
+from common.options import OneLineParser, fail
+
+
+def parse_args():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("snapshot", type=Path, help="snapshot-….pt, or a folder snapshot-…")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from common import snapshot
+from common.models import build_model
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what `no_dist` asks for
+
+
+def parameter_names(state):
+    """The names of the parameters, in the order in which an optimizer numbers them."""
+    size = {"vit_width": state.get("vit_width"), "vit_depth": state.get("vit_depth")}
+    with torch.device("meta"):  # names and shapes, no memory
+        model = build_model(
+            argparse.Namespace(model=state["model_name"], precision=state["precision"], compile=False, **size)
+        )
+    return [name for name, _ in model.named_parameters()]
+
+
+def gather(path, state):
+    """The plain snapshot's dictionary, from the shards in `path` and the rest in `state`."""
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in saved.items()}
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    numbers = {name: number for number, name in enumerate(parameter_names(state))}
+    plain = {key: value for key, value in state.items() if key not in ("checksums", "param_groups")}
+    plain["model"], slots = {}, {number: {} for number in numbers.values()}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        if part == "model":
+            plain["model"][name] = tensor
+        else:
+            name, _, slot = name.rpartition(".")
+            slots[numbers[name]][slot] = tensor
+    plain["optimizer"] = {"state": slots, "param_groups": state["param_groups"]}
+    return plain
+
+
+def scatter(folder, state):
+    """Write the sharded snapshot of the plain one `state` in `folder`; returns its path."""
+    names = parameter_names(state)
+    slots = {names[number]: slots for number, slots in state["optimizer"]["state"].items()}
+    shards = {"model": state["model"], "optimizer": slots}
+    dcp.save(shards, checkpoint_id=snapshot.unfinished(folder, state["global_step"]), no_dist=True)
+    rest = {key: value for key, value in state.items() if key not in shards}
+    return snapshot.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
+
+
+def main(args):
+    path = args.snapshot
+    if not re.fullmatch(r"snapshot-\d{8,}(\.pt)?", path.name) or not path.exists():
+        fail(f"{path} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…")
+    sharded = path.is_dir()
+    other = path.with_suffix(".pt" if sharded else "")
+    if other.exists():
+        fail(f"{other} is there already: delete it first")
+    state, problem = snapshot.read(path)
+    if problem:
+        fail(f"{path} is damaged ({problem}): take the one before it")
+    if sharded:
+        snapshot.write(other, gather(path, state))
+    else:
+        scatter(path.parent, state)
+    print(f"wrote {other}")
+
+
+if __name__ == "__main__":
+    main(args)
