@@ -104,6 +104,9 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
     if status != 0:
         print(f"{STEPS[step].parent.name} exited with status {status}", file=sys.stderr)
         sys.exit(2 if status == 2 else 1)
+    if sharded := snapshots(folder / "snapshots", sharded=True):
+        convert = [sys.executable, str(ROOT / "05_fsdp" / "convert.py"), str(sharded[0])]
+        subprocess.run(convert, stdout=subprocess.DEVNULL, check=True)
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     test = [event for event in events if event["event"] == "eval"][-1]
     losses = [loss for event in events if event["event"] == "train" for loss in event["losses"]]

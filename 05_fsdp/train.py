@@ -11,6 +11,7 @@ A bigger model, to see the bytes per rank fall with every rank more:
         --vit-depth 12 --num-samples 64 --batch-size 8 --epochs 1
 """
 
+import dataclasses
 import functools
 import gc
 import math
@@ -46,9 +47,7 @@ def parse_args():
     if "LOCAL_RANK" not in os.environ:
         fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
     if int(os.environ["WORLD_SIZE"]) % args.replicas:
-        fail(
-            f"--replicas {args.replicas} does not divide {os.environ['WORLD_SIZE']} ranks: choose one that does"
-        )
+        fail(f"--replicas {args.replicas} must divide the {os.environ['WORLD_SIZE']} ranks")
     return args
 
 
@@ -58,7 +57,6 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.distributed.nn  # FSDP imports it: before there is a group, or it would keep that alive for ever
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -66,15 +64,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
@@ -88,9 +80,7 @@ from common.reporting import LOG_EVERY, Reporter
 def setup(args):
     """Make this process one of the ranks that torchrun has started; returns its device."""
     if args.use_gpu != 0 and not torch.cuda.is_available():
-        fail(
-            "FSDP is for GPUs, and CUDA is not available here: --use-gpu 0 practises on CPU workers with gloo"
-        )
+        fail("FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo")
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # offloaded tensors are on CPUs
@@ -142,42 +132,51 @@ def units(args, model):
     return [layer for layer in model.net if list(layer.parameters())]
 
 
+def make_mesh(args, device):
+    """Who shards with whom: all ranks, or each row of a table; with who has the same shard: each column."""
+    if args.replicas == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # one row, one replica: a node
+    timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
+    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+    return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
 def build_sharded_model(args, device):
     """The model, of which this rank holds its shards, and whole only the unit that is being computed."""
     with torch.device("meta" if args.meta_init else "cpu"):
         model = build_model(args)
-    shape = (args.replicas, dist.get_world_size() // args.replicas)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if args.cpu_offload else OffloadPolicy()
-    options = {
-        "mesh": mesh if args.replicas > 1 else mesh["shard"],
+    fsdp = {
+        "mesh": make_mesh(args, device),
         "reshard_after_forward": False if args.no_reshard else None,  # None: all are freed but the root
-        "offload_policy": offload,
     }
-    # Computed with in bfloat16, summed and kept in float32: an update is too small for bfloat16's 8 bits.
-    bf16 = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if args.precision == "bf16" else {}
-    if bf16:
+    if args.cpu_offload:
+        fsdp["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    precision = MixedPrecisionPolicy()
+    if args.precision == "bf16":
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                fully_shard(module, **options)  # in float32: its weights must be what its statistics are
+                fully_shard(module, **fsdp)  # stays in float32, like its statistics
+        # The rest is gathered and computed in bfloat16, reduced and kept in float32: updates are small.
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for unit in units(args, model):
         if args.activation_checkpointing:
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
-        fully_shard(unit, **options, mp_policy=MixedPrecisionPolicy(**bf16))
-    # The root comes last, with what is left. Its output is the model's, and the loss wants float32.
-    fully_shard(
-        model, **options, mp_policy=MixedPrecisionPolicy(**bf16, output_dtype=torch.float32 if bf16 else None)
-    )
+        fully_shard(unit, **fsdp, mp_policy=precision)
+    # The root comes last, with the parameters that are left. What it returns goes into the loss.
+    loss_dtype = torch.float32 if args.precision == "bf16" else None
+    fully_shard(model, **fsdp, mp_policy=dataclasses.replace(precision, output_dtype=loss_dtype))
     if args.meta_init:
         model.to_empty(device="cpu" if args.cpu_offload else device)
         for buffer in model.buffers():
             buffer.data = buffer.to(device)
-        # One seed would fill all ranks' shards with the same numbers: the first rank makes the whole instead.
+        # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
         whole = build_model(args).state_dict() if dist.get_rank() == 0 else {}
-        parts = StateDictOptions(
+        options = StateDictOptions(
             full_state_dict=True, broadcast_from_rank0=True, cpu_offload=args.cpu_offload
         )
-        set_model_state_dict(model, whole, options=parts)
+        set_model_state_dict(model, whole, options=options)
     return model
 
 
@@ -201,18 +200,15 @@ class Trainer:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
-        self.savers = dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=30)
-        )  # a slow disk is no lost rank
+        self.storage = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # disks may be slow
         self.global_batch = args.batch_size * args.accumulate * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.report = Reporter(args, train_data, device, self.rank, self.world_size)
         self.report.detail(f"on {socket.gethostname()}, node {os.environ['GROUP_RANK']}")
         self.epoch = self.samples_seen = self.global_step = self.gathered = 0
-        # Until the end of the first step: how much is gathered whenever a unit is about to compute?
-        fsdp_units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.hooks = [unit.register_forward_pre_hook(self.count_gathered) for unit in fsdp_units]
         self.saving = None
+        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.hooks = [part.register_forward_pre_hook(self.count_gathered) for part in parts]
 
     def train(self):
         self.load_snapshot()
@@ -248,7 +244,7 @@ class Trainer:
             asked = dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))
             if self.hooks:
-                self.report_memory("after a step")
+                self.report_memory("after one step")
                 while self.hooks:
                     self.hooks.pop().remove()
             self.samples_seen += self.global_batch
@@ -334,22 +330,26 @@ class Trainer:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         folder = snapshot.unfinished(self.args.snapshot_dir, self.global_step)
         # Copies the shards now; writes them, each rank its own, while training goes on.
-        writing = dcp.async_save(
-            {"model": model, "optimizer": optimizer["state"]}, checkpoint_id=folder, process_group=self.savers
-        )
+        shards = {"model": model, "optimizer": optimizer["state"]}
+        writing = dcp.async_save(shards, checkpoint_id=folder, process_group=self.storage)
         self.saving = self.background.submit(self.finish_snapshot, writing, state)
 
     def finish_snapshot(self, writing, state):
-        writing.result()  # all ranks have written
+        writing.result()  # of all ranks
         if self.rank == 0:
             path = snapshot.finish(self.args.snapshot_dir, state)
             self.report.detail(f"saved {path}")
-        dist.barrier(group=self.savers)
+        dist.barrier(group=self.storage)  # a snapshot when it has its name, and not before, for all ranks
 
     def wait_for_snapshot(self):
-        if self.saving:
+        if self.saving is None:
+            return
+        try:
             self.saving.result()
-            self.saving = None
+        except dcp.CheckpointException as error:
+            rank, (reason, _) = next(iter(error.failures.items()))
+            fail(f"rank {rank} cannot write its shards: {reason}; make room or choose another --snapshot-dir")
+        self.saving = None
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, self.train_data.name, sharded=True)
@@ -362,9 +362,7 @@ class Trainer:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         shards = {"model": model, "optimizer": optimizer["state"]}
         folder = self.args.snapshot_dir / f"snapshot-{state['global_step']:08d}"
-        dcp.load(
-            shards, checkpoint_id=folder, process_group=self.control
-        )  # also others' shards, of other sizes
+        dcp.load(shards, checkpoint_id=folder, process_group=self.storage)  # cut anew for this world size
         optimizer["state"] = shards["optimizer"]
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
         self.epoch = state["epoch"]
@@ -383,10 +381,9 @@ class Trainer:
         gradients = [p.grad for p in parameters if p.grad is not None]
         state = [tensor for slots in self.optimizer.state.values() for tensor in slots.values()]
         kinds = (parameters, gradients, state)
-        shards = [
-            sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in kind) for kind in kinds
-        ]
         whole = [sum(t.nbytes for t in kind) for kind in kinds]
+        local = [[t.to_local() if isinstance(t, DTensor) else t for t in kind] for kind in kinds]
+        shards = [sum(t.nbytes for t in kind) for kind in local]
         row = [*shards, self.gathered, sum(shards) + self.gathered]
         names = ["parameters", "gradients", "optimizer", "gathered", "peak"]
         if self.device.type == "cuda":
@@ -395,9 +392,8 @@ class Trainer:
         rows = [None] * self.world_size
         dist.all_gather_object(rows, row, group=self.control)
         self.report.say(f"{moment:<18}" + "".join(f"{name:>13}" for name in names))
-        table = {f"rank {rank}": row for rank, row in enumerate(rows)} | {
-            "each under DDP": [*whole, 0, sum(whole)]
-        }
+        table = {f"rank {rank}": row for rank, row in enumerate(rows)}
+        table["each under DDP"] = [*whole, 0, sum(whole)]
         for name, row in table.items():
             self.report.say(f"{name:<18}" + "".join(f"{number / 1e6:>10.2f} MB" for number in row))
         self.report.write("memory", moment=moment, ranks=rows, ddp=whole)

@@ -50,7 +50,7 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
-        rows = torch.tensor(indices)
+        rows = torch.tensor(indices, dtype=torch.int64)
         return self.images[rows], self.labels[rows]
 
 

@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ def fail(message: str) -> NoReturn:
     Its end makes the launcher end the others while they wait; if they do not, they were alone with it.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which may be what the launcher ends this one with
         time.sleep(5)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from common.snapshot import read, snapshots  # noqa: E402
+from common.snapshot import read, snapshots, step_of  # noqa: E402
 
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
 
@@ -98,9 +98,9 @@ def finish(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str
 
 def newest(folder: Path) -> dict[str, Any]:
     """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
-    if files := snapshots(folder):
-        return torch.load(files[0], weights_only=True)
-    path = snapshots(folder, sharded=True)[0]
+    path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
+    if path.is_file():
+        return torch.load(path, weights_only=True)
     spec = importlib.util.spec_from_file_location("convert", ROOT / "05_fsdp" / "convert.py")
     convert = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(convert)

@@ -10,9 +10,14 @@ from common.models import MODELS, build_model
 from common.synthetic import synthetic_digits
 
 
+def flags(name, precision="float32", **changed):
+    args = {"model": name, "precision": precision, "compile": False, "vit_width": 64, "vit_depth": 4}
+    return argparse.Namespace(**{**args, **changed})
+
+
 def build(name, precision="float32"):
     torch.manual_seed(0)
-    return build_model(argparse.Namespace(model=name, precision=precision, compile=False))
+    return build_model(flags(name, precision))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -40,7 +45,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert dead == []
 
 
-@pytest.mark.parametrize(("name", "count"), [("cnn", 206_922), ("resnet18", 11_175_370)])
+@pytest.mark.parametrize(("name", "count"), [("cnn", 206_922), ("resnet18", 11_175_370), ("vit", 139_018)])
 def test_the_sizes_that_the_docstrings_give(name, count):
     assert sum(parameter.numel() for parameter in build(name).parameters()) == count
     assert f"{count:,}" in MODELS[name].__doc__
@@ -58,7 +63,14 @@ def test_a_samples_result_does_not_depend_on_its_batch(name):
     assert not list(model.buffers())
 
 
+def test_a_bigger_vit():
+    model = build_model(flags("vit", vit_width=256, vit_depth=2))
+    blocks = model.net.encoder.layers
+    assert len(blocks) == 2 and blocks[0].self_attention.embed_dim == 256
+    assert model(torch.zeros(3, 28, 28, dtype=torch.uint8)).shape == (3, 10)
+
+
 def test_compile_keeps_the_names_of_the_weights():
     plain = build("cnn").state_dict().keys()
-    compiled = build_model(argparse.Namespace(model="cnn", precision="float32", compile=True))
+    compiled = build_model(flags("cnn", compile=True))
     assert compiled.state_dict().keys() == plain

@@ -40,6 +40,8 @@ BAD = {
     "--seed=-1": "--seed: must be a whole number from 0",
     "--seed=4294967296": "--seed: must be a whole number from 0",
     "--num-samples=0": "--num-samples: must be a whole number",
+    "--vit-width=100": "--vit-width: must be a multiple of 64, not '100'",
+    "--vit-depth=0": "--vit-depth: must be a whole number",
     "--save-every=0": "--save-every: must be a whole number",
     "--use-gpu=2": "--use-gpu: invalid choice: 2",
     "--model=gpt": "--model: invalid choice: 'gpt'",
@@ -63,7 +65,7 @@ def test_a_bad_flag_gets_one_line(tmp_path, flag):
 
 @pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
 def test_several_ranks_print_an_error_once(tmp_path, step):
-    flags = ["--num-samples=32", "--batch-size=32"]
+    flags = ["--num-samples=32", "--batch-size=32", "--use-gpu=0"]
     status, _, err = finish(start([*command(step, 2), *flags], tmp_path))
     print(err)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -98,11 +100,13 @@ def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
 @pytest.mark.parametrize("step", FOLDERS)
 def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step):
     ranks = 1 if step == "01" else 3
-    flags = ["--num-samples=128", "--batch-size=16", "--epochs=1", "--verbose", "--use-gpu=1"]
+    use_gpu = 0 if step == "05" else 1  # step 05 takes no CPUs for GPUs: test_fsdp.py
+    flags = ["--num-samples=128", "--batch-size=16", "--epochs=1", "--verbose", f"--use-gpu={use_gpu}"]
     status, out, err = finish(start([*command(step, ranks), *flags], tmp_path, CUDA_VISIBLE_DEVICES=""))
     print(out, err)
     assert status == 0
-    assert err.count("warning: --use-gpu 1, but CUDA is not available here: training on the CPU") == 1
+    warning = "warning: --use-gpu 1, but CUDA is not available here: training on the CPU"
+    assert err.count(warning) == use_gpu
     assert ", cpu, float32" in out
     batches = 128 // (16 * ranks)
     for rank in range(ranks):
@@ -135,7 +139,7 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
 
 
 def test_a_bug_on_one_rank_shows_its_traceback(tmp_path):
-    for step in ("02", "03", "04"):
+    for step in ("02", "03", "04", "05"):
         root = tmp_path / step
         shutil.copytree(ROOT / "common", root / "common")
         (root / FOLDERS[step]).mkdir()
@@ -143,7 +147,7 @@ def test_a_bug_on_one_rank_shows_its_traceback(tmp_path):
         broken = source.replace("loss.backward()", "1 / (1 - self.rank); loss.backward()")
         assert broken != source
         (root / FOLDERS[step] / "train.py").write_text(broken)
-        status, _, err = finish(start([*command(step, 2, root), "--num-samples=128"], root))
+        status, _, err = finish(start([*command(step, 2, root), "--num-samples=128", "--use-gpu=0"], root))
         print(err[-2000:])
         assert status == 1
         assert "ZeroDivisionError: division by zero" in err
@@ -159,6 +163,8 @@ def test_a_bug_on_one_rank_shows_its_traceback(tmp_path):
         ("02", "without the early import"),
         ("04", "as it is"),
         ("04", "ends in an exception"),
+        ("05", "as it is"),
+        ("05", "ends in an exception"),
     ],
 )
 def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, step, case):
@@ -181,7 +187,8 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, step, case):
     shutil.copytree(ROOT / "common", tmp_path / "common")
     (tmp_path / FOLDERS[step]).mkdir()
     (tmp_path / FOLDERS[step] / "train.py").write_text(source)
-    _, out, err = finish(start([*command(step, 2, tmp_path), "--num-samples=128", "--epochs=1"], tmp_path))
+    flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
+    _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path))
     lines = [line for line in out.splitlines() if line.startswith("threads")]
     print(case, lines, err[-300:])
     assert lines

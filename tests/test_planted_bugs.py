@@ -76,7 +76,9 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, bug):
     (tmp_path / FOLDERS["02"] / "train.py").write_text(source.replace(right, wrong) if bug else source)
     flags = ["--model=resnet18", "--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
     run = train("02", 2, tmp_path / "run", *flags, root=tmp_path)
-    model = build_model(argparse.Namespace(model="resnet18", precision="float64", compile=False))
+    model = build_model(
+        argparse.Namespace(model="resnet18", precision="float64", compile=False, vit_width=64, vit_depth=4)
+    )
     model.load_state_dict(run.weights)
     _, test = load_mnist(Path("unused"), 64)
     with torch.no_grad():

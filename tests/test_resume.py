@@ -5,6 +5,7 @@ import re
 import select
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -13,8 +14,9 @@ from conftest import FOLDERS, ROOT, command, disagreements, finish, largest_diff
 
 from common.snapshot import snapshots
 
-# 19 steps of 24 images an epoch, snapshots at 10, 19, 20, 30 … 60, 70, 76; the last three stay.
-FLAGS = ["--num-samples=457", "--epochs=4", "--precision=float64", "--save-every=10"]
+# 19 steps of 24 images an epoch, snapshots at 10, 19, 20, 30 … 80, 90, 95; the last three stay.
+FLAGS = ["--num-samples=457", "--epochs=5", "--precision=float64", "--save-every=10"]
+SHARDED = "05"  # whose snapshots are folders
 LAUNCHES = [(step, 1 if step == "01" else 2) for step in FOLDERS]
 
 
@@ -28,12 +30,13 @@ def whole(tmp_path_factory):
 
 
 def interrupted(whole, folder, step):
-    """A folder as an interruption in the middle of the last epoch leaves it: snapshots up to step 60."""
+    """A folder as an interruption in the middle of the last epoch leaves it: snapshots up to step 80."""
     shutil.copytree(whole[step].snapshot_dir, folder / "snapshots")
-    for path in snapshots(folder / "snapshots"):
-        if path.stem > "snapshot-00000060":
-            path.unlink()
-    assert snapshots(folder / "snapshots")[0].stem == "snapshot-00000060"
+    sharded = step == SHARDED
+    for path in snapshots(folder / "snapshots", sharded):
+        if path.stem > "snapshot-00000080":
+            shutil.rmtree(path) if sharded else path.unlink()
+    assert snapshots(folder / "snapshots", sharded)[0].stem == "snapshot-00000080"
 
 
 @pytest.mark.parametrize(("step", "ranks"), LAUNCHES)
@@ -41,18 +44,23 @@ def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, ste
     interrupted(whole, tmp_path, step)
     run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
     difference = largest_difference(run.weights, whole[step].weights)
-    print(f"{run.name}, resumed after step 60 of 76: {len(run.losses)} steps, weights {difference}")
-    assert len(run.losses) == 16
+    print(f"{run.name}, resumed after step 80 of 95: {len(run.losses)} steps, weights {difference}")
+    assert len(run.losses) == 15
     assert difference == 0.0
     assert run.test == whole[step].test
 
 
-def test_resumed_at_another_world_size(whole, tmp_path):
-    interrupted(whole, tmp_path, "02")
-    run = train("03", 3, tmp_path, *FLAGS, "--batch-size=8")
+@pytest.mark.parametrize(
+    ("step", "before", "ranks"), [("03", "02", 3), (SHARDED, SHARDED, 3), (SHARDED, SHARDED, 1)]
+)
+def test_resumed_at_another_world_size(whole, tmp_path, step, before, ranks):
+    interrupted(whole, tmp_path, before)
+    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
     difference = largest_difference(run.weights, whole["01"].weights)
-    losses = (run.losses - whole["01"].losses[60:]).abs().max().item()
-    print(f"2 ranks up to step 60, then 3: weights {difference:.1e}, losses {losses:.1e} from step 01's")
+    losses = (run.losses - whole["01"].losses[80:]).abs().max().item()
+    print(
+        f"2 ranks up to step 80, then {ranks}: weights {difference:.1e}, losses {losses:.1e} from step 01's"
+    )
     assert losses <= 1e-10
     assert difference <= 1e-10  # as in disagreements()
     assert run.test["correct"] == whole["01"].test["correct"]
@@ -60,10 +68,16 @@ def test_resumed_at_another_world_size(whole, tmp_path):
 
 def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
     """One snapshot format for all: the folder is handed on from step to step."""
-    ladder = [("01", 1), ("02", 2), ("03", 3), ("04", 2)]
+    ladder = [("01", 1), ("02", 2), ("03", 3), ("04", 2), (SHARDED, 3)]
     for epoch, (step, ranks) in enumerate(ladder, start=1):
+        if step == SHARDED:
+            plain = snapshots(tmp_path / "snapshots")[0]
+            words = [sys.executable, str(ROOT / FOLDERS[SHARDED] / "convert.py"), str(plain)]
+            status, out, err = finish(start(words, tmp_path))
+            print(out, err)
+            assert status == 0
         run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={24 // ranks}")
-    run.name = "an epoch each of 01, 02, 03 and 04"
+    run.name = "an epoch each of 01, 02, 03, 04 and 05"
     assert disagreements(run, whole["01"]) == []
 
 
@@ -103,7 +117,7 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
     run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", root=tmp_path)
     difference = largest_difference(run.weights, whole["01"].weights)
     print(f"without {forgotten}: {len(run.losses)} steps, weights {difference:.1e}")
-    assert difference > 1e-10 or len(run.losses) != 16
+    assert difference > 1e-10 or len(run.losses) != 15
 
 
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
@@ -122,7 +136,7 @@ def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
     assert status != 0
     assert lines == [
         "error: the ranks do not start from the same place (data, epoch, images): "
-        "[('synthetic-457', 3, 72), ('synthetic-457', 0, 0)]"
+        "[('synthetic-457', 4, 96), ('synthetic-457', 0, 0)]"
     ]
 
 
@@ -134,9 +148,9 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert models.read_text().count("nn.Flatten(),") == 1
     models.write_text(models.read_text().replace("nn.Flatten(),", "nn.Flatten(),\n        nn.Dropout(),"))
     uninterrupted = train("01", 1, tmp_path / "a", *FLAGS, "--batch-size=24", root=tmp_path)
-    for last, steps in (("snapshot-00000060", 16), ("snapshot-00000070", 6)):
+    for last, steps in (("snapshot-00000080", 15), ("snapshot-00000090", 5)):
         interrupted({"01": uninterrupted}, tmp_path / last, "01")
-        if last == "snapshot-00000070":
+        if last == "snapshot-00000090":
             shutil.copy(uninterrupted.snapshot_dir / f"{last}.pt", tmp_path / last / "snapshots")
         run = train("01", 1, tmp_path / last, *FLAGS, "--batch-size=24", root=tmp_path)
         difference = largest_difference(run.weights, uninterrupted.weights)

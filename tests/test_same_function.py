@@ -28,7 +28,6 @@ def test_however_launched_the_ranks_do_the_same_to_the_last_bit(proof, step, ran
     assert torch.equal(run.losses, other.losses)
 
 
-# What adds up in another order than DDP: at 3 ranks, FSDP's reduce-scatter and DDP's all-reduce.
 @pytest.mark.parametrize("model", ["cnn", "vit"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_fsdp_does_what_ddp_does(proof, ranks, model):
@@ -36,7 +35,10 @@ def test_fsdp_does_what_ddp_does(proof, ranks, model):
     difference = largest_difference(run.weights, other.weights)
     losses = (run.losses - other.losses).abs().max().item()
     print(f"steps 03 and 05 at {ranks} ranks, {model}: weights {difference}, losses {losses}")
-    assert difference <= 1e-12 and losses <= 1e-12
+    # Two numbers have one sum. Three are added in another order by a reduce-scatter than by an all-reduce,
+    # and vit makes more of the last bit than cnn does: see disagreements().
+    tolerance = {1: 0.0, 2: 0.0, 3: 1e-10 if model == "vit" else 1e-12}[ranks]
+    assert difference <= tolerance and losses <= tolerance
 
 
 @pytest.mark.parametrize("model", ["cnn", "vit"])

@@ -15,6 +15,7 @@ from common import snapshot
 
 def flags(folder, **changed):
     args = {"snapshot_dir": folder, "model": "cnn", "precision": "float32", "seed": 0, "batch_size": 64}
+    args |= {"vit_width": 64, "vit_depth": 4}
     return argparse.Namespace(**{**args, **changed})
 
 

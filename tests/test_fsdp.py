@@ -1,0 +1,409 @@
+"""Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none."""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    PROOF,
+    ROOT,
+    command,
+    disagreements,
+    finish,
+    largest_difference,
+    newest,
+    start,
+    train,
+)
+
+from common import snapshot
+from common.models import build_model
+from common.synthetic import synthetic_digits
+
+STEP = "05"
+SCRIPT = ROOT / FOLDERS[STEP] / "train.py"
+
+
+def load(script):
+    """A step's script as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planted(folder, right, wrong):
+    """A copy of step 05 in `folder` with a line replaced."""
+    source = SCRIPT.read_text()
+    assert source.count(right) == 1, right
+    shutil.copytree(ROOT / "common", folder / "common")
+    (folder / FOLDERS[STEP]).mkdir()
+    (folder / FOLDERS[STEP] / "train.py").write_text(source.replace(right, wrong))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--use-gpu=1"]], ids=["unset", "asked for"])
+def test_without_a_gpu_it_names_the_flag(tmp_path, flags):
+    status, out, err = finish(start([*command(STEP, 2), "--num-samples=128", *flags], tmp_path))
+    print(out, err)
+    assert status == 1 and "exitcode  : 2" in err  # torchrun's own status, and the script's
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        "error: FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo"
+    ]
+    assert out == ""
+
+
+# Ranks, flags, how far from step 03 the weights may be: two numbers have one sum, of four the order counts.
+WAYS = {
+    "kept gathered": (2, ["--no-reshard"], 0.0),
+    "activations computed twice": (2, ["--activation-checkpointing", "--model=vit"], 0.0),
+    "shards in the CPU's memory": (2, ["--cpu-offload"], 0.0),
+    "made on the meta device": (2, ["--meta-init", "--model=vit"], 0.0),
+    "two replicas of two shards": (4, ["--replicas=2"], 1e-12),
+    "all at once": (
+        4,
+        ["--no-reshard", "--activation-checkpointing", "--cpu-offload", "--meta-init", "--replicas=4"],
+        1e-12,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_trains_the_same_function(proof, tmp_path, way):
+    ranks, flags, tolerance = WAYS[way]
+    run = train(STEP, ranks, tmp_path, *PROOF, f"--batch-size={GLOBAL_BATCH // ranks}", *flags)
+    other = proof("03", ranks, "vit" if "--model=vit" in flags else "cnn")
+    difference = largest_difference(run.weights, other.weights)
+    print(f"{way}, {ranks} ranks: {difference} from step 03")
+    assert difference <= tolerance
+    assert len(run.losses) == 106 and run.test["correct"] == other.test["correct"]
+
+
+def test_accumulating_and_clipping_are_step_04s(tmp_path):
+    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 6}", "--accumulate=3"]
+    clipped = {step: train(step, 2, tmp_path / step, *flags, "--clip-norm=0.5") for step in ("04", STEP)}
+    unclipped = train(STEP, 2, tmp_path / "unclipped", *flags)
+    difference = largest_difference(clipped["04"].weights, clipped[STEP].weights)
+    without = largest_difference(unclipped.weights, clipped[STEP].weights)
+    print(f"step 05 against step 04: {difference}; without --clip-norm {without:.1e}")
+    assert difference <= 1e-12  # the norm's sum of squares is added up in another order
+    assert without > 1e-6
+    assert disagreements(clipped[STEP], clipped["04"]) == []
+
+
+def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
+    """1,001, 1,000, 1,000 of 3,001: in batches of 1,000 rank 0 would gather the weights once more."""
+    run = train(STEP, 3, tmp_path, "--num-samples=18006", "--batch-size=3000", "--epochs=1", "--timeout=60")
+    reference = train("01", 1, tmp_path / "01", "--num-samples=18006", "--batch-size=9000", "--epochs=1")
+    print(run.test, reference.test)
+    assert run.test["total"] == reference.test["total"] == 3001
+
+
+def memory(run):
+    """The bytes that the report after the first step gives: a row for each rank, and DDP's."""
+    report = [event for event in run.events if event["event"] == "memory"][-1]
+    return report["ranks"], report["ddp"]
+
+
+BIG = ["--model=vit", "--vit-width=768", "--vit-depth=12", "--num-samples=4", "--epochs=1", "--meta-init"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_bytes_per_rank_fall_with_the_ranks(tmp_path, ranks):
+    run = train(STEP, ranks, tmp_path, *BIG, f"--batch-size={4 // ranks}")
+    rows, whole = memory(run)
+    args = argparse.Namespace(model="vit", precision="float32", compile=False, vit_width=768, vit_depth=12)
+    with torch.device("meta"):
+        model = build_model(args)
+    count = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.net.encoder.layers[0].parameters())
+    print(run.out)
+    assert count >= 50_000_000
+    # Gradients are as many as parameters, AdamW's two moments twice as many; float32 has four bytes.
+    for found, expected in zip(whole, (4 * count, 4 * count, 8 * count), strict=True):
+        assert 0 <= found - expected <= 4 * 200  # AdamW also counts its steps, once for each of 152 tensors
+    for row in rows:
+        expected = 16 * count / ranks + 4 * block
+        print(f"{ranks} ranks: {row[-1] / 1e6:.1f} MB, expected {expected / 1e6:.1f} MB")
+        assert abs(row[-1] - expected) <= 0.02 * expected
+
+
+def test_what_is_gathered(tmp_path):
+    """--no-reshard keeps all of it, and bf16 gathers half of the bytes."""
+    small = ["--model=vit", "--num-samples=64", "--batch-size=16", "--epochs=1"]
+    gathered = {}
+    for name, flags in {"as usual": [], "kept": ["--no-reshard"], "bf16": ["--precision=bf16"]}.items():
+        rows, whole = memory(train(STEP, 2, tmp_path / name, *small, *flags))
+        gathered[name] = rows[0][3]
+        # Whatever is computed with, a rank keeps half of the parameters, in float32.
+        assert abs(rows[0][0] - whole[0] / 2) < 0.02 * whole[0]
+    print(gathered, whole)
+    assert gathered["kept"] == whole[0]
+    assert gathered["as usual"] < whole[0] / 3
+    assert gathered["bf16"] == gathered["as usual"] / 2
+
+
+@pytest.fixture
+def alone():
+    """This process as the only rank of a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+FLAGS = {
+    "model": "vit",
+    "vit_width": 64,
+    "vit_depth": 4,
+    "precision": "float32",
+    "compile": False,
+    "replicas": 1,
+    "timeout": 60,
+    "no_reshard": False,
+    "activation_checkpointing": False,
+    "cpu_offload": False,
+    "meta_init": False,
+}
+
+
+def kept_for_backward(model, images):
+    """The bytes that a forward pass keeps for the backward pass, weights included."""
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model(images).sum().backward()
+    return kept
+
+
+def test_activation_checkpointing_keeps_less(alone):
+    script = load(SCRIPT)
+    images, _ = synthetic_digits(256, seed=0)
+    kept = {}
+    for flag in (False, True):
+        args = argparse.Namespace(**{**FLAGS, "activation_checkpointing": flag, "no_reshard": True})
+        kept[flag] = kept_for_backward(script.build_sharded_model(args, torch.device("cpu")), images)
+    print(f"kept for the backward pass: {kept[False]:,} bytes, with checkpointing {kept[True]:,}")
+    assert kept[True] < kept[False] / 2
+
+
+def test_an_optimizer_from_before_fully_shard_trains_nothing_and_is_refused(alone, tmp_path):
+    script = load(SCRIPT)
+    images, labels = synthetic_digits(64, seed=0)
+    args = argparse.Namespace(**{**FLAGS, "model": "cnn"})
+    torch.manual_seed(0)
+    model = build_model(args)
+    early = torch.optim.AdamW(model.parameters())
+    for unit in script.units(args, model):
+        script.fully_shard(unit, mesh=script.make_mesh(args, torch.device("cpu")))
+    before = [p.to_local().clone() for p in model.parameters() if isinstance(p, script.DTensor)]
+    F.cross_entropy(model(images), labels).backward()
+    early.step()
+    after = [p.to_local() for p in model.parameters() if isinstance(p, script.DTensor)]
+    moved = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True))
+    print(f"the early optimizer moved the weights by {moved}")
+    assert len(before) == 8 and moved == 0.0  # no error, no warning, no learning
+    wrong = "optimizer = torch.optim.AdamW(build_model(args).parameters(), lr=args.lr)"
+    root = planted(tmp_path, "optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)", wrong)
+    flags = ["--num-samples=128", "--use-gpu=0", "--epochs=1"]
+    status, _, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
+    print(err[-1500:])
+    assert status == 1 and "TypeError: the optimizer was built before fully_shard" in err
+
+
+SAVING = ["--num-samples=457", "--epochs=2", "--precision=float64", "--save-every=10", "--batch-size=12"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return train(STEP, 2, tmp_path_factory.mktemp("uninterrupted"), *SAVING)
+
+
+def children(pid):
+    """The processes that a process has started, and those that they have."""
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc: Linux only")
+def test_killed_while_it_saves_in_the_background(uninterrupted, tmp_path):
+    """A pipe that nobody reads is a very slow disk: rank 1's shard never gets onto it."""
+    folder = tmp_path / "snapshots"
+    slow = snapshot.unfinished(folder, 20) / "__1_0.distcp"
+    slow.parent.mkdir(parents=True)
+    os.mkfifo(slow)
+    flags = [*SAVING, "--snapshot-dir=snapshots", "--use-gpu=0", "--metrics=metrics.jsonl"]
+    process = start([*command(STEP, 2), *flags], tmp_path)
+    try:
+        end = time.monotonic() + 120
+        # The next report is at the end of the epoch, step 19; the save of step 20 is under way after it, and
+        # rank 0's part of it done. Rank 1's cannot be.
+        while not (slow.parent / "__0_0.distcp").exists():
+            assert process.poll() is None and time.monotonic() < end, "no snapshot was begun"
+            time.sleep(0.01)
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+    finally:
+        finish(process)
+    names = sorted(path.name for path in snapshot.snapshots(folder, sharded=True))
+    print(f"after the kill: {names}, unfinished {slow.parent.name}")
+    assert names == ["snapshot-00000010", "snapshot-00000019"] and slow.parent.exists()
+    slow.unlink()
+    slow.write_bytes(b"half")
+    run = train(STEP, 2, tmp_path, *SAVING)
+    difference = largest_difference(run.weights, uninterrupted.weights)
+    print(f"{run.out}\nresumed: {difference} from the uninterrupted run")
+    assert "resumed from snapshots: epoch 1, step 19" in run.out
+    assert difference == 0.0
+    assert not list(folder.glob(".*"))
+
+
+def test_training_goes_on_while_a_snapshot_is_written_and_ends_when_it_cannot_be(tmp_path):
+    """The same slow disk: two more steps are done before the next snapshot waits. Then the disk fails."""
+    slow = snapshot.unfinished(tmp_path / "snapshots", 2) / "__1_0.distcp"
+    slow.parent.mkdir(parents=True)
+    os.mkfifo(slow)
+    counted = "self.global_step += 1; self.report.say('stepped')"
+    root = planted(tmp_path / "root", "self.global_step += 1", counted)
+    flags = ["--num-samples=480", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
+    process = start([*command(STEP, 2, root), *flags, "--snapshot-dir=snapshots"], tmp_path)
+    try:
+        steps = 0
+        while steps < 4:
+            line = process.stdout.readline()
+            assert line, "it ended"
+            steps += line == "stepped\n"
+        slow.read_bytes()  # now rank 1 can write; but it finds that a pipe is not a file
+    finally:
+        status, out, err = finish(process)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    print(f"{steps} steps, then {out.count('stepped')} more\n{lines}")
+    assert "stepped" not in out
+    assert status == 1 and "exitcode  : 2" in err
+    assert len(lines) == 1 and lines[0].startswith("error: rank 1 cannot write its shards: ")
+    assert "Illegal seek" in lines[0]
+    assert not snapshot.snapshots(tmp_path / "snapshots", sharded=True)
+
+
+@pytest.mark.parametrize("victim", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt"])
+@pytest.mark.parametrize("damage", ["flipped bit", "half", "missing"])
+def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_path, capsys, victim, damage):
+    folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
+    last, before, _ = snapshot.snapshots(folder, sharded=True)
+    file = last / victim
+    content = bytearray(file.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content[: len(content) // 2] if damage == "half" else content)
+    if damage == "missing":
+        file.unlink()
+    args = argparse.Namespace(**FLAGS, snapshot_dir=folder, seed=0, batch_size=12)
+    args.model, args.precision = "cnn", "float64"
+    state = snapshot.load_newest(args, "synthetic-457", sharded=True)
+    err = capsys.readouterr().err
+    print(err)
+    assert state["global_step"] == snapshot.step_of(before) == 30
+    assert err.startswith(f"warning: {last} is damaged (") and victim in err + "state.pt"
+    assert err.endswith(f"using {before} instead\n")
+
+
+def convert(path, folder):
+    status, out, err = finish(start([sys.executable, str(SCRIPT.parent / "convert.py"), str(path)], folder))
+    print(out, err)
+    return status, out, err
+
+
+def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
+    """And a run goes on from it: test_resume.py."""
+    path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
+    sharded = shutil.copytree(path, tmp_path / "a" / path.name)
+    assert convert(sharded, tmp_path) == (0, f"wrote {sharded}.pt\n", "")
+    first = newest(tmp_path / "a")
+    shutil.rmtree(sharded)
+    assert convert(f"{sharded}.pt", tmp_path) == (0, f"wrote {sharded}\n", "")
+    os.unlink(f"{sharded}.pt")
+    second = newest(tmp_path / "a")
+    assert first.keys() == second.keys() >= {"model", "optimizer", "epoch", "rng", "batch_size", "format"}
+    assert largest_difference(first["model"], second["model"]) == 0.0
+    assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
+    for number, slots in first["optimizer"]["state"].items():
+        assert slots.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert largest_difference(slots, second["optimizer"]["state"][number]) == 0.0
+    rest = [key for key in first if key not in ("model", "optimizer", "rng")]
+    assert [first[key] for key in rest] == [second[key] for key in rest]
+
+
+def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
+    path = snapshot.snapshots(folder, sharded=True)[0]
+    (folder / "snapshot-00000001.pt").write_bytes(b"half")
+    (folder / f"{path.name}.pt").touch()
+    for given, said in {
+        folder: f"{folder} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…",
+        folder / "snapshot-00000077": "is no snapshot: give",
+        folder / "snapshot-00000001.pt": "snapshot-00000001.pt is damaged (",
+        path: f"{path}.pt is there already: delete it first",
+    }.items():
+        status, out, err = convert(given, tmp_path)
+        assert status == 2 and out == ""
+        assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, tmp_path, capsys):
+    folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
+    args = argparse.Namespace(**FLAGS, snapshot_dir=folder, seed=0, batch_size=12)
+    newest_one = snapshot.snapshots(folder, sharded=True)[0]
+    for sharded, name in ((False, newest_one), (True, folder / "snapshot-00000099.pt")):
+        if sharded:
+            name.touch()  # newer than all of step 05's: going on without it would be a silent step back
+        with pytest.raises(SystemExit) as stopped:
+            snapshot.load_newest(args, "synthetic-457", sharded=sharded)
+        err = capsys.readouterr().err
+        print(err)
+        assert stopped.value.code == 2
+        assert err.endswith(f"to go on from it: python 05_fsdp/convert.py {name}\n")
+
+
+def test_sigterm_saves_and_waits_for_it(uninterrupted, tmp_path):
+    flags = [*SAVING, "--epochs=1000", "--snapshot-dir=snapshots", "--use-gpu=0"]
+    process = start([*command(STEP, 2), *flags], tmp_path)
+    try:
+        while "epoch 2/1000  test loss" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        process.terminate()
+    finally:
+        status, out, err = finish(process)
+    saved = int(re.search(r"SIGTERM: saved at step (\d+); run the same again to go on", out)[1])
+    path = snapshot.snapshots(tmp_path / "snapshots", sharded=True)[0]
+    print(f"status {status}, saved at step {saved}: {path.name}")
+    assert status == 1, err
+    assert snapshot.step_of(path) == saved and snapshot.read(path)[1] == ""
+    assert not list((tmp_path / "snapshots").glob(".*"))
+
+
+def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
+    flags = ["--model=resnet18", "--precision=bf16", "--num-samples=256", "--batch-size=16", "--epochs=2"]
+    run = train(STEP, 2, tmp_path, *flags)
+    first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
+    print(f"loss {first:.3f}, then {last:.3f}")
+    assert last < first - 0.3
+    assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32, torch.int64}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["precision"] == "bf16"
