@@ -1,6 +1,6 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
 # make test   the same for the tests
-# make bench  what loading the data costs, and a slow link (as root)
+# make bench  what loading the data, step 05's flags, and a slow link (as root) cost
 # Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
@@ -17,6 +17,7 @@ test: .venv/installed-dev
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/overhead.py --data-dir $(DATA_DIR) $(ARGS)
+	$(VENV)/python benchmarks/fsdp_flags.py
 	$(VENV)/python benchmarks/slow_link.py
 
 lint: .venv/installed-dev

@@ -11,7 +11,6 @@ A bigger model, to see the bytes per rank fall with every rank more:
         --vit-depth 12 --num-samples 64 --batch-size 8 --epochs 1
 """
 
-import dataclasses
 import functools
 import gc
 import math
@@ -96,7 +95,7 @@ def cleanup():
     if error:
         traceback.clear_frames(error.__traceback__)
     gc.collect()
-    if error and dist.get_backend() == "nccl":
+    if error and "nccl" in dist.get_backend_config():
         dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
     else:
         dist.destroy_process_group()
@@ -133,10 +132,10 @@ def units(args, model):
 
 
 def make_mesh(args, device):
-    """Who shards with whom: all ranks, or each row of a table; with who has the same shard: each column."""
+    """The ranks that a model is sharded over: all, or each row of a table. A column holds the same shard."""
     if args.replicas == 1:
         return DeviceMesh.from_group(dist.group.WORLD, device.type)
-    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # one row, one replica: a node
+    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # best with a row for each node
     timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
     rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
     columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
@@ -153,29 +152,27 @@ def build_sharded_model(args, device):
     }
     if args.cpu_offload:
         fsdp["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    precision = MixedPrecisionPolicy()
+    unit_policy = root_policy = MixedPrecisionPolicy()
     if args.precision == "bf16":
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 fully_shard(module, **fsdp)  # stays in float32, like its statistics
-        # The rest is gathered and computed in bfloat16, reduced and kept in float32: updates are small.
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # The rest is gathered and computed in bfloat16, but reduced and kept in float32: updates are small.
+        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        unit_policy = MixedPrecisionPolicy(**dtypes)
+        root_policy = MixedPrecisionPolicy(**dtypes, output_dtype=torch.float32)  # for the loss
     for unit in units(args, model):
         if args.activation_checkpointing:
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
-        fully_shard(unit, **fsdp, mp_policy=precision)
-    # The root comes last, with the parameters that are left. What it returns goes into the loss.
-    loss_dtype = torch.float32 if args.precision == "bf16" else None
-    fully_shard(model, **fsdp, mp_policy=dataclasses.replace(precision, output_dtype=loss_dtype))
+        fully_shard(unit, **fsdp, mp_policy=unit_policy)
+    fully_shard(model, **fsdp, mp_policy=root_policy)  # last: the root takes the parameters that are left
     if args.meta_init:
         model.to_empty(device="cpu" if args.cpu_offload else device)
         for buffer in model.buffers():
             buffer.data = buffer.to(device)
         # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
         whole = build_model(args).state_dict() if dist.get_rank() == 0 else {}
-        options = StateDictOptions(
-            full_state_dict=True, broadcast_from_rank0=True, cpu_offload=args.cpu_offload
-        )
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
     return model
 

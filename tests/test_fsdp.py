@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import (
     FOLDERS,
@@ -30,6 +31,7 @@ from conftest import (
 )
 
 from common import snapshot
+from common.mnist import Digits
 from common.models import build_model
 from common.synthetic import synthetic_digits
 
@@ -68,16 +70,9 @@ def test_without_a_gpu_it_names_the_flag(tmp_path, flags):
 
 # Ranks, flags, how far from step 03 the weights may be: two numbers have one sum, of four the order counts.
 WAYS = {
-    "kept gathered": (2, ["--no-reshard"], 0.0),
     "activations computed twice": (2, ["--activation-checkpointing", "--model=vit"], 0.0),
-    "shards in the CPU's memory": (2, ["--cpu-offload"], 0.0),
-    "made on the meta device": (2, ["--meta-init", "--model=vit"], 0.0),
-    "two replicas of two shards": (4, ["--replicas=2"], 1e-12),
-    "all at once": (
-        4,
-        ["--no-reshard", "--activation-checkpointing", "--cpu-offload", "--meta-init", "--replicas=4"],
-        1e-12,
-    ),
+    "gathered, offloaded, from meta": (2, ["--no-reshard", "--cpu-offload", "--meta-init"], 0.0),
+    "two replicas of two shards": (4, ["--replicas=2", "--meta-init"], 1e-12),
 }
 
 
@@ -92,24 +87,22 @@ def test_every_way_trains_the_same_function(proof, tmp_path, way):
     assert len(run.losses) == 106 and run.test["correct"] == other.test["correct"]
 
 
-def test_accumulating_and_clipping_are_step_04s(tmp_path):
-    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 6}", "--accumulate=3"]
-    clipped = {step: train(step, 2, tmp_path / step, *flags, "--clip-norm=0.5") for step in ("04", STEP)}
-    unclipped = train(STEP, 2, tmp_path / "unclipped", *flags)
-    difference = largest_difference(clipped["04"].weights, clipped[STEP].weights)
-    without = largest_difference(unclipped.weights, clipped[STEP].weights)
+def test_accumulating_and_clipping_are_step_04s(proof, tmp_path):
+    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 6}", "--accumulate=3", "--clip-norm=0.5"]
+    run, other = (train(step, 2, tmp_path / step, *flags) for step in (STEP, "04"))
+    difference = largest_difference(run.weights, other.weights)
+    without = largest_difference(run.weights, proof(STEP, 2).weights)  # the same batches, in one go
     print(f"step 05 against step 04: {difference}; without --clip-norm {without:.1e}")
     assert difference <= 1e-12  # the norm's sum of squares is added up in another order
     assert without > 1e-6
-    assert disagreements(clipped[STEP], clipped["04"]) == []
+    assert disagreements(run, other) == []
 
 
 def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
     """1,001, 1,000, 1,000 of 3,001: in batches of 1,000 rank 0 would gather the weights once more."""
     run = train(STEP, 3, tmp_path, "--num-samples=18006", "--batch-size=3000", "--epochs=1", "--timeout=60")
-    reference = train("01", 1, tmp_path / "01", "--num-samples=18006", "--batch-size=9000", "--epochs=1")
-    print(run.test, reference.test)
-    assert run.test["total"] == reference.test["total"] == 3001
+    print(run.test)
+    assert run.test["total"] == 18006 // 6
 
 
 def memory(run):
@@ -141,21 +134,6 @@ def test_the_bytes_per_rank_fall_with_the_ranks(tmp_path, ranks):
         assert abs(row[-1] - expected) <= 0.02 * expected
 
 
-def test_what_is_gathered(tmp_path):
-    """--no-reshard keeps all of it, and bf16 gathers half of the bytes."""
-    small = ["--model=vit", "--num-samples=64", "--batch-size=16", "--epochs=1"]
-    gathered = {}
-    for name, flags in {"as usual": [], "kept": ["--no-reshard"], "bf16": ["--precision=bf16"]}.items():
-        rows, whole = memory(train(STEP, 2, tmp_path / name, *small, *flags))
-        gathered[name] = rows[0][3]
-        # Whatever is computed with, a rank keeps half of the parameters, in float32.
-        assert abs(rows[0][0] - whole[0] / 2) < 0.02 * whole[0]
-    print(gathered, whole)
-    assert gathered["kept"] == whole[0]
-    assert gathered["as usual"] < whole[0] / 3
-    assert gathered["bf16"] == gathered["as usual"] / 2
-
-
 @pytest.fixture
 def alone():
     """This process as the only rank of a group."""
@@ -177,6 +155,37 @@ FLAGS = {
     "cpu_offload": False,
     "meta_init": False,
 }
+
+
+GATHERED = {"as usual": {}, "kept": {"no_reshard": True}, "bf16": {"precision": "bf16"}}
+
+
+def test_what_is_gathered(alone, tmp_path, monkeypatch):
+    """One block and the root; with --no-reshard all of it; with bf16 half of the bytes."""
+    monkeypatch.setenv("GROUP_RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    script, device = load(SCRIPT), torch.device("cpu")
+    data = Digits(*synthetic_digits(8, seed=0), "synthetic-8")
+    rows = {}
+    for name, changed in GATHERED.items():
+        defaults = vars(script.make_parser(str(SCRIPT), "").parse_args([]))
+        args = argparse.Namespace(**{**defaults, **FLAGS, **changed, "batch_size": 8})
+        args.clip_norm, args.metrics = None, tmp_path / name
+        model = script.build_sharded_model(args, device)
+        optimizer = torch.optim.AdamW(model.parameters())
+        trainer = script.Trainer(args, device, model, optimizer, data, data)
+        trainer.run_epoch()
+        trainer.report.end(1)
+        reports = [json.loads(line) for line in args.metrics.read_text().splitlines()]
+        rows[name] = next(report for report in reports if report["event"] == "memory")["ranks"][0]
+    block = 4 * sum(p.numel() for p in model.net.encoder.layers[0].parameters())
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    root = whole - 4 * block
+    print(f"{rows}; a block {block}, the root {root}, all {whole} bytes")
+    assert rows["as usual"][3] == block + root
+    assert rows["kept"][3] == whole
+    assert rows["bf16"][3] == (block + root) / 2
+    assert {row[0] for row in rows.values()} == {whole}  # kept in float32, whatever is computed with
 
 
 def kept_for_backward(model, images):
@@ -303,6 +312,19 @@ def test_training_goes_on_while_a_snapshot_is_written_and_ends_when_it_cannot_be
     assert not snapshot.snapshots(tmp_path / "snapshots", sharded=True)
 
 
+def test_what_is_saved_in_the_background_is_what_there_was(alone, tmp_path):
+    """`async_save` copies tensors on the CPU too: training may change them before they are written."""
+    tensor = torch.full((25_000_000,), 1.0)  # 100 MB take longer to write than to change
+    writing = dcp.async_save({"tensor": tensor}, checkpoint_id=tmp_path)
+    tensor.fill_(2.0)
+    changed_first = not writing.done()
+    writing.result(timeout=60)
+    saved = {"tensor": torch.empty_like(tensor)}
+    dcp.load(saved, checkpoint_id=tmp_path)
+    print(f"changed before it was written: {changed_first}; saved {saved['tensor'].unique().tolist()}")
+    assert changed_first and bool((saved["tensor"] == 1.0).all())
+
+
 @pytest.mark.parametrize("victim", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt"])
 @pytest.mark.parametrize("damage", ["flipped bit", "half", "missing"])
 def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_path, capsys, victim, damage):
@@ -400,10 +422,9 @@ def test_sigterm_saves_and_waits_for_it(uninterrupted, tmp_path):
 
 
 def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
-    flags = ["--model=resnet18", "--precision=bf16", "--num-samples=256", "--batch-size=16", "--epochs=2"]
+    flags = ["--model=resnet18", "--precision=bf16", "--num-samples=256", "--batch-size=16", "--epochs=1"]
     run = train(STEP, 2, tmp_path, *flags)
-    first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
+    first, last = run.losses[:2].mean().item(), run.losses[-2:].mean().item()
     print(f"loss {first:.3f}, then {last:.3f}")
     assert last < first - 0.3
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32, torch.int64}
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["precision"] == "bf16"

@@ -1,4 +1,4 @@
-"""Step 04 on several hosts, each with its own disk, that can be slowed, cut off and killed."""
+"""Steps 04 and 05 on several hosts, each with its own disk, that can be slowed, cut off and killed."""
 
 import re
 import shutil
@@ -228,6 +228,32 @@ def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path
     assert len(run.losses) == 5 and disagreements(run, big) == []
     # A quarter of the all-reduces; what else is sent (start, evaluation, TCP's headers) stays.
     assert bytes_sent[1] < bytes_sent[0] / 3
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_step_05_on_two_hosts_with_one_disk_does_what_step_03_does(net, proof, replicas):
+    first, second = net.hosts
+    second.run(f"mount --bind {first.disk} {net.disk}")
+    results = all_ended(launch(net, ["--step=05"], f"--replicas={replicas}", ranks=2))
+    assert [status for status, _ in results] == [0, 0]
+    run, other = read_run("2 hosts × 2 ranks", first.disk), proof("03", 4)
+    difference = largest_difference(run.weights, other.weights)
+    print(f"step 05 on two hosts, {replicas} replicas: {difference} from step 03 at 4 ranks")
+    assert difference <= 1e-12  # four numbers, added up in another order
+    assert disagreements(run, proof("01")) == []
+
+
+def test_step_05_on_two_hosts_refuses_two_disks(net):
+    results = all_ended(launch(net, ["--step=05"]))
+    for rank, (status, out) in enumerate(results):
+        assert status == 1 and "exitcode  : 2" in out
+        lines = [line for line in out.splitlines() if line.startswith("error: ")]
+        print(lines)
+        assert lines == [
+            f"error: {net.disk}/snapshots here is not rank {1 - rank}'s: use one disk for all nodes"
+        ]
+    for host in net.hosts:
+        assert not list((host.disk / "snapshots").iterdir())
 
 
 def test_nodes_that_differ_are_told_what_in(net, tmp_path):
