@@ -196,6 +196,8 @@ if [ "$mode" = print ]; then
         printf '\n# --- on %s\n' "${names[k]}"
         node_commands $k "$@"
     done
+    disk="one disk for all nodes, or one for each: both work"
+    [ "$step" = 04 ] || disk="on one disk that all nodes have in common"
     cat <<EOF
 
 # --- before you start (--check looks at it: ./launch_multinode.sh --check --hosts $hosts)
@@ -203,7 +205,7 @@ if [ "$mode" = print ]; then
 # [ ] the same commit of this folder in $dir on every node
 # [ ] the same Python and the same torch on every node
 # [ ] MNIST in the --data-dir of every node, or a way to the internet to download it
-# [ ] room for snapshots in --snapshot-dir; one disk for all nodes, or one for each: both work
+# [ ] room for snapshots in --snapshot-dir; $disk
 # [ ] SSH to every node without a password, for --check and --run
 EOF
     exit 0

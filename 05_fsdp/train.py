@@ -76,8 +76,19 @@ from common.models import build_model
 from common.reporting import LOG_EVERY, Reporter
 
 
+def make_mesh(args, device):
+    """The ranks that a model is sharded over: all, or each row of a table. A column holds the same shard."""
+    if args.replicas == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # best with a row for each node
+    timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
+    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+    return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
 def setup(args):
-    """Make this process one of the ranks that torchrun has started; returns its device."""
+    """Make this process one of the ranks that torchrun has started; returns its device and the mesh."""
     if args.use_gpu != 0 and not torch.cuda.is_available():
         fail("FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo")
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -86,15 +97,16 @@ def setup(args):
         timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
         device_id=device if device.type == "cuda" else None,
     )
-    return device
+    return device, make_mesh(args, device)
 
 
-def cleanup():
+def cleanup(mesh):
     """Leave the process group. FSDP must be gone by then: gloo's threads live on in it and abort the exit."""
     error = sys.exception()
     if error:
         traceback.clear_frames(error.__traceback__)
     gc.collect()
+    mesh._pg_registry.clear()  # DTensor's caches keep the mesh for ever, and with it the groups
     if error and "nccl" in dist.get_backend_config():
         dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
     else:
@@ -131,23 +143,12 @@ def units(args, model):
     return [layer for layer in model.net if list(layer.parameters())]
 
 
-def make_mesh(args, device):
-    """The ranks that a model is sharded over: all, or each row of a table. A column holds the same shard."""
-    if args.replicas == 1:
-        return DeviceMesh.from_group(dist.group.WORLD, device.type)
-    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # best with a row for each node
-    timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
-    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
-    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
-    return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
-
-
-def build_sharded_model(args, device):
+def build_sharded_model(args, device, mesh):
     """The model, of which this rank holds its shards, and whole only the unit that is being computed."""
     with torch.device("meta" if args.meta_init else "cpu"):
         model = build_model(args)
     fsdp = {
-        "mesh": make_mesh(args, device),
+        "mesh": mesh,
         "reshard_after_forward": False if args.no_reshard else None,  # None: all are freed but the root
     }
     if args.cpu_offload:
@@ -396,11 +397,11 @@ class Trainer:
         self.report.write("memory", moment=moment, ranks=rows, ddp=whole)
 
 
-def main(args, device):
+def main(args, device, mesh):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
     check_that_nodes_agree(args, train_data)
-    model = build_sharded_model(args, device)
+    model = build_sharded_model(args, device, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     if not all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         raise TypeError("the optimizer was built before fully_shard: it would step what no one computes with")
@@ -409,9 +410,9 @@ def main(args, device):
 
 @record  # hands the traceback of a rank that fails to torchrun
 def worker(args):
-    device = setup(args)
+    device, mesh = setup(args)
     try:
-        main(args, device)
+        main(args, device, mesh)
     except RuntimeError as error:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
         error.add_note(
@@ -419,7 +420,7 @@ def worker(args):
         )
         raise
     finally:
-        cleanup()
+        cleanup(mesh)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ from conftest import (
     start,
     train,
 )
+from torch.distributed.device_mesh import init_device_mesh
 
 from common import snapshot
 from common.mnist import Digits
@@ -136,9 +138,9 @@ def test_the_bytes_per_rank_fall_with_the_ranks(tmp_path, ranks):
 
 @pytest.fixture
 def alone():
-    """This process as the only rank of a group."""
+    """This process as the only rank of a group: its mesh."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
@@ -171,7 +173,7 @@ def test_what_is_gathered(alone, tmp_path, monkeypatch):
         defaults = vars(script.make_parser(str(SCRIPT), "").parse_args([]))
         args = argparse.Namespace(**{**defaults, **FLAGS, **changed, "batch_size": 8})
         args.clip_norm, args.metrics = None, tmp_path / name
-        model = script.build_sharded_model(args, device)
+        model = script.build_sharded_model(args, device, alone)
         optimizer = torch.optim.AdamW(model.parameters())
         trainer = script.Trainer(args, device, model, optimizer, data, data)
         trainer.run_epoch()
@@ -208,7 +210,7 @@ def test_activation_checkpointing_keeps_less(alone):
     kept = {}
     for flag in (False, True):
         args = argparse.Namespace(**{**FLAGS, "activation_checkpointing": flag, "no_reshard": True})
-        kept[flag] = kept_for_backward(script.build_sharded_model(args, torch.device("cpu")), images)
+        kept[flag] = kept_for_backward(script.build_sharded_model(args, torch.device("cpu"), alone), images)
     print(f"kept for the backward pass: {kept[False]:,} bytes, with checkpointing {kept[True]:,}")
     assert kept[True] < kept[False] / 2
 
@@ -221,7 +223,7 @@ def test_an_optimizer_from_before_fully_shard_trains_nothing_and_is_refused(alon
     model = build_model(args)
     early = torch.optim.AdamW(model.parameters())
     for unit in script.units(args, model):
-        script.fully_shard(unit, mesh=script.make_mesh(args, torch.device("cpu")))
+        script.fully_shard(unit, mesh=alone)
     before = [p.to_local().clone() for p in model.parameters() if isinstance(p, script.DTensor)]
     F.cross_entropy(model(images), labels).backward()
     early.step()
@@ -247,7 +249,10 @@ def uninterrupted(tmp_path_factory):
 
 def children(pid):
     """The processes that a process has started, and those that they have."""
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    try:
+        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:  # it has just ended
+        return []
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -268,7 +273,8 @@ def test_killed_while_it_saves_in_the_background(uninterrupted, tmp_path):
             assert process.poll() is None and time.monotonic() < end, "no snapshot was begun"
             time.sleep(0.01)
         for pid in children(process.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.kill()
     finally:
         finish(process)

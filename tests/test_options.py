@@ -165,17 +165,21 @@ def test_a_bug_on_one_rank_shows_its_traceback(tmp_path):
         ("04", "ends in an exception"),
         ("05", "as it is"),
         ("05", "ends in an exception"),
+        ("05", "with the mesh's groups"),
     ],
 )
 def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, step, case):
     """One that does aborts the process at exit, in a few of a hundred runs."""
-    edits = {"        cleanup()\n": "        cleanup()\n        print('threads', threads(), flush=True)\n"}
+    leave = "cleanup(mesh)" if step == "05" else "cleanup()"
+    edits = {f"        {leave}\n": f"        {leave}\n        print('threads', threads(), flush=True)\n"}
     if case == "ends in an exception":
         edits["        self.load_snapshot()\n"] = (
             "        self.load_snapshot()\n        raise ZeroDivisionError\n"
         )
     elif case == "without the early import":
         edits["import torch.distributed.nn "] = "# "
+    elif case == "with the mesh's groups":
+        edits["mesh._pg_registry.clear()"] = "pass"
     source = (ROOT / FOLDERS[step] / "train.py").read_text()
     for right, wrong in edits.items():
         assert source.count(right) == 1, right
@@ -192,4 +196,4 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, step, case):
     lines = [line for line in out.splitlines() if line.startswith("threads")]
     print(case, lines, err[-300:])
     assert lines
-    assert any("gloo" in line for line in lines) == (case == "without the early import")
+    assert any("gloo" in line for line in lines) == case.startswith("with")
