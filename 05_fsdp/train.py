@@ -345,6 +345,8 @@ class Trainer:
         try:
             self.saving.result()
         except dcp.CheckpointException as error:
+            if self.rank != 0:
+                sys.exit(2)  # all ranks know, and one says it
             rank, (reason, _) = next(iter(error.failures.items()))
             fail(f"rank {rank} cannot write its shards: {reason}; make room or choose another --snapshot-dir")
         self.saving = None
