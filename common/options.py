@@ -25,7 +25,7 @@ def fail(message: str) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which may be what the launcher ends this one with
-        time.sleep(5)
+        time.sleep(10)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
