@@ -198,7 +198,7 @@ class Trainer:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
-        self.storage = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))  # disks may be slow
+        self.storage = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # for a thread
         self.global_batch = args.batch_size * args.accumulate * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.report = Reporter(args, train_data, device, self.rank, self.world_size)
