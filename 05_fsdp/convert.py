@@ -9,6 +9,7 @@ optimizer state.
 
 import argparse
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -66,13 +67,16 @@ def gather(path, state):
 
 
 def scatter(folder, state):
-    """Write the sharded snapshot of the plain one `state` in `folder`; returns its path."""
+    """Write the sharded snapshot of the plain one `state` in `folder`."""
     names = parameter_names(state)
     slots = {names[number]: slots for number, slots in state["optimizer"]["state"].items()}
     shards = {"model": state["model"], "optimizer": slots}
-    dcp.save(shards, checkpoint_id=snapshot.unfinished(folder, state["global_step"]), no_dist=True)
+    unfinished = snapshot.unfinished(folder, state["global_step"])
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    dcp.save(shards, checkpoint_id=unfinished, no_dist=True)
     rest = {key: value for key, value in state.items() if key not in shards}
-    return snapshot.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
+    snapshot.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
 
 
 def main(args):
@@ -86,10 +90,16 @@ def main(args):
     state, problem = snapshot.read(path)
     if problem:
         fail(f"{path} is damaged ({problem}): take the one before it")
-    if sharded:
-        snapshot.write(other, gather(path, state))
-    else:
-        scatter(path.parent, state)
+    try:
+        if sharded:
+            snapshot.write(other, gather(path, state))
+        else:
+            scatter(path.parent, state)
+    except OSError as error:
+        fail(f"cannot write {other}: {error.strerror}; make room")
+    except dcp.CheckpointException as error:
+        (reason, _), *_ = error.failures.values()
+        fail(f"cannot write {other}: {reason}; make room")
     print(f"wrote {other}")
 
 

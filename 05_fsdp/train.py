@@ -76,19 +76,8 @@ from common.models import build_model
 from common.reporting import LOG_EVERY, Reporter
 
 
-def make_mesh(args, device):
-    """The ranks that a model is sharded over: all, or each row of a table. A column holds the same shard."""
-    if args.replicas == 1:
-        return DeviceMesh.from_group(dist.group.WORLD, device.type)
-    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # best with a row for each node
-    timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
-    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
-    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
-    return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
-
-
 def setup(args):
-    """Make this process one of the ranks that torchrun has started; returns its device and the mesh."""
+    """Make this process one of the ranks that torchrun has started; returns its device."""
     if args.use_gpu != 0 and not torch.cuda.is_available():
         fail("FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo")
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
@@ -97,16 +86,15 @@ def setup(args):
         timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
         device_id=device if device.type == "cuda" else None,
     )
-    return device, make_mesh(args, device)
+    return device
 
 
-def cleanup(mesh):
+def cleanup():
     """Leave the process group. FSDP must be gone by then: gloo's threads live on in it and abort the exit."""
     error = sys.exception()
     if error:
         traceback.clear_frames(error.__traceback__)
     gc.collect()
-    mesh._pg_registry.clear()  # DTensor's caches keep the mesh for ever, and with it the groups
     if error and "nccl" in dist.get_backend_config():
         dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
     else:
@@ -143,6 +131,17 @@ def units(args, model):
     return [layer for layer in model.net if list(layer.parameters())]
 
 
+def make_mesh(args, device):
+    """The ranks that a model is sharded over: all, or each row of a table. A column holds the same shard."""
+    if args.replicas == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    ranks = torch.arange(dist.get_world_size()).view(args.replicas, -1)  # best with a row for each node
+    timeout = timedelta(seconds=args.timeout)  # init_device_mesh would leave it at 10 or 30 minutes
+    rows, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout)
+    columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
+    return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
 def build_sharded_model(args, device, mesh):
     """The model, of which this rank holds its shards, and whole only the unit that is being computed."""
     with torch.device("meta" if args.meta_init else "cpu"):
@@ -169,12 +168,12 @@ def build_sharded_model(args, device, mesh):
     fully_shard(model, **fsdp, mp_policy=root_policy)  # last: the root takes the parameters that are left
     if args.meta_init:
         model.to_empty(device="cpu" if args.cpu_offload else device)
-        for buffer in model.buffers():
-            buffer.data = buffer.to(device)
         # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
         whole = build_model(args).state_dict() if dist.get_rank() == 0 else {}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
+        for buffer in model.buffers():
+            buffer.data = buffer.to(device)  # which are not offloaded
     return model
 
 
@@ -205,8 +204,8 @@ class Trainer:
         self.report.detail(f"on {socket.gethostname()}, node {os.environ['GROUP_RANK']}")
         self.epoch = self.samples_seen = self.global_step = self.gathered = 0
         self.saving = None
-        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.hooks = [part.register_forward_pre_hook(self.count_gathered) for part in parts]
+        self.parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.hooks = [part.register_forward_pre_hook(self.count_gathered) for part in self.parts]
 
     def train(self):
         self.load_snapshot()
@@ -253,7 +252,8 @@ class Trainer:
                 dist.all_reduce(losses)  # each rank has seen only its own part of the batches
                 self.report.train(self.epoch, self.global_step, losses.tolist())
                 losses = []
-            if self.args.save_every and self.global_step % self.args.save_every == 0:
+            due = self.args.save_every and self.global_step % self.args.save_every == 0
+            if due and not stop and batch < len(loader):  # at a stop or the epoch's end it is saved anyway
                 self.save_snapshot()
             if stop:  # on all ranks after the same step
                 self.save_snapshot()
@@ -290,18 +290,22 @@ class Trainer:
         )
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
         self.model.eval()
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test what rank 0 saves
+        self.share_buffers()
         for images, labels in loader:
             images, labels = images.to(self.device), labels.to(self.device)
             outputs = self.model(images)
             totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
             totals[1] += (outputs.argmax(dim=1) == labels).sum()
             totals[2] += len(labels)
-        self.model.reshard()  # without a backward pass the root would stay gathered
+        for part in self.parts:
+            part.reshard()  # the root stays gathered until there is a backward pass, or all with --no-reshard
         dist.all_reduce(totals)
         loss, correct, total = totals.tolist()
         self.report.evaluation(self.epoch, self.global_step, loss / total, int(correct), int(total))
+
+    def share_buffers(self):
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test and save rank 0's
 
     def check_that_the_disk_is_shared(self):
         """Stop if a node has a disk of its own: a snapshot is one folder, into which all ranks write."""
@@ -317,6 +321,7 @@ class Trainer:
 
     def save_snapshot(self):
         self.wait_for_snapshot()
+        self.share_buffers()
         state = {
             "param_groups": self.optimizer.state_dict()["param_groups"],
             "epoch": self.epoch,
@@ -333,23 +338,28 @@ class Trainer:
         self.saving = self.background.submit(self.finish_snapshot, writing, state)
 
     def finish_snapshot(self, writing, state):
-        writing.result()  # of all ranks
-        if self.rank == 0:
-            path = snapshot.finish(self.args.snapshot_dir, state)
-            self.report.detail(f"saved {path}")
-        dist.barrier(group=self.storage)  # a snapshot when it has its name, and not before, for all ranks
+        problem = [None]
+        try:
+            writing.result()
+            if self.rank == 0:
+                path = snapshot.finish(self.args.snapshot_dir, state)
+                snapshot.sweep(self.args.snapshot_dir)
+                self.report.detail(f"saved {path}")
+        except dcp.CheckpointException as error:  # the same on all ranks
+            rank, (reason, _) = next(iter(error.failures.items()))
+            problem = [f"rank {rank} cannot write its shards: {reason}"]
+        except OSError as error:
+            problem = [f"cannot write to {self.args.snapshot_dir}: {error.strerror}"]
+        dist.broadcast_object_list(problem, src=0, group=self.storage)
+        return problem[0]
 
     def wait_for_snapshot(self):
-        if self.saving is None:
-            return
-        try:
-            self.saving.result()
-        except dcp.CheckpointException as error:
-            if self.rank != 0:
-                sys.exit(2)  # all ranks know, and one says it
-            rank, (reason, _) = next(iter(error.failures.items()))
-            fail(f"rank {rank} cannot write its shards: {reason}; make room or choose another --snapshot-dir")
+        problem = self.saving.result() if self.saving else None
         self.saving = None
+        if problem and self.rank != 0:
+            sys.exit(2)  # all ranks know, and one says it
+        if problem:
+            fail(f"{problem}; make room or choose another --snapshot-dir")
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, self.train_data.name, sharded=True)
@@ -399,22 +409,26 @@ class Trainer:
         self.report.write("memory", moment=moment, ranks=rows, ddp=whole)
 
 
-def main(args, device, mesh):
+def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
     check_that_nodes_agree(args, train_data)
-    model = build_sharded_model(args, device, mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    if not all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
-        raise TypeError("the optimizer was built before fully_shard: it would step what no one computes with")
-    Trainer(args, device, model, optimizer, train_data, test_data).train()
+    mesh = make_mesh(args, device)
+    try:
+        model = build_sharded_model(args, device, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+        if not all(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+            raise TypeError("the optimizer was built before fully_shard, and would train nothing")
+        Trainer(args, device, model, optimizer, train_data, test_data).train()
+    finally:
+        mesh._pg_registry.clear()  # DTensor's caches keep the mesh for ever, and with it the groups
 
 
 @record  # hands the traceback of a rank that fails to torchrun
 def worker(args):
-    device, mesh = setup(args)
+    device = setup(args)
     try:
-        main(args, device, mesh)
+        main(args, device)
     except RuntimeError as error:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
         error.add_note(
@@ -422,7 +436,7 @@ def worker(args):
         )
         raise
     finally:
-        cleanup(mesh)
+        cleanup()
 
 
 if __name__ == "__main__":

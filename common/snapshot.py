@@ -114,28 +114,30 @@ def unfinished(folder: Path, global_step: int) -> Path:
 
 
 def finish(folder: Path, state: dict[str, Any]) -> Path:
-    """Make a snapshot of the shards that are all in `unfinished(folder, …)`; keep the newest three.
+    """Make a snapshot of the shards that are all in `unfinished(folder, …)`.
 
     Args:
         folder: the snapshots' folder.
         state: what `complete` returned when the shards were copied.
 
-    Returns the snapshot's path. `fail`s if it cannot be written; the snapshots before it are untouched.
+    Returns the snapshot's path. Raises OSError; the snapshots before it are untouched then.
     """
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"
-    try:
-        checksums = {file.name: checksum(file) for file in sorted(shards.iterdir())}
-        write(shards / STATE, {**state, "checksums": checksums})
-        if path.exists():  # damaged, or of the same step: a folder cannot be replaced in one go
-            os.rename(path, shards.with_suffix(".old.tmp"))
-        os.rename(shards, path)
-        sync_folder(folder)
-        for old in [*snapshots(folder, sharded=True)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; make room or choose another --snapshot-dir")
+    # Without what a kill in `write` has left here, which is about to be replaced.
+    files = [file for file in sorted(shards.iterdir()) if STATE not in file.name]
+    write(shards / STATE, {**state, "checksums": {file.name: checksum(file) for file in files}})
+    if path.exists():  # damaged, or there would not be another: a folder cannot be replaced in one go
+        os.rename(path, shards.with_suffix(".old.tmp"))
+    os.rename(shards, path)
+    sync_folder(folder)
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Delete all sharded snapshots but the newest three, and unfinished ones. Raises OSError."""
+    for old in [*snapshots(folder, sharded=True)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def checksum(path: Path) -> int:
@@ -166,10 +168,11 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(state, dict) or "format" not in state:
         return {}, "not a snapshot of this project"
     for name, crc in state.get("checksums", {}).items():
-        if not (path / name).exists():
-            return {}, f"{name} is missing"
-        if checksum(path / name) != crc:
-            return {}, f"wrong checksum in {name}"
+        try:
+            if checksum(path / name) != crc:
+                return {}, f"wrong checksum in {name}"
+        except OSError as error:
+            return {}, f"cannot read {name}: {error.strerror}"
     return state, ""
 
 
