@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -196,6 +197,9 @@ def worker(rank, port, args):
     device = setup(rank, port, args)
     try:
         main(args, device)
+    except RuntimeError:
+        time.sleep(5)  # mp.spawn shows the first error, and this may be the echo of another rank's end
+        raise
     finally:
         cleanup()
 
