@@ -6,6 +6,7 @@
 Run the same command again and it goes on from the newest snapshot; delete the folder to start afresh.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,14 @@ from common.mnist import keep_batch, load_mnist
 from common.models import build_model
 from common.reporting import LOG_EVERY, Reporter
 
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
+    global stop_signal
+    stop_signal = number
+
 
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
@@ -48,6 +57,8 @@ class Trainer:
 
     def train(self):
         self.load_snapshot()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -73,11 +84,16 @@ class Trainer:
             losses.append(self.run_batch(images, labels))
             self.samples_seen += self.global_batch
             self.global_step += 1
-            if batch % LOG_EVERY == 0 or batch == len(loader):
+            stop = stop_signal  # looked at once: it may come between two lines
+            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
                 self.report.train(self.epoch, self.global_step, torch.stack(losses).tolist())
                 losses = []
-            if self.args.save_every and self.global_step % self.args.save_every == 0:
+            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
                 self.save_snapshot()
+            if stop:
+                name = signal.Signals(stop).name
+                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + stop)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, images, labels):

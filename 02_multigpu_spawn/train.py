@@ -9,6 +9,7 @@ Each process sees its own part of every batch; DDP averages the gradients, so al
 import gc
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -70,6 +71,15 @@ def cleanup():
         dist.destroy_process_group()
 
 
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
+    global stop_signal
+    stop_signal = number
+
+
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
         self.args = args
@@ -81,6 +91,8 @@ class Trainer:
         self.test_data = test_data
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=2))  # on CPUs
+        self.launcher = os.getppid()
         self.global_batch = args.batch_size * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -90,9 +102,12 @@ class Trainer:
     def train(self):
         self.load_snapshot()
         places = [None] * self.world_size  # exchanging them also keeps rank 0 from saving while others load
-        dist.all_gather_object(places, (self.train_data.name, self.epoch, self.samples_seen))
+        place = (self.train_data.name, self.epoch, self.samples_seen)
+        dist.all_gather_object(places, place, group=self.control)
         if len(set(places)) > 1:
             fail(f"the ranks do not start from the same place (data, epoch, images): {places}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -115,16 +130,26 @@ class Trainer:
         losses = []
         self.model.train()
         for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
+            # Is any rank told to stop, or has lost its launcher? Asked while the step runs, it costs no time.
+            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
+            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))
             self.samples_seen += self.global_batch
             self.global_step += 1
-            if batch % LOG_EVERY == 0 or batch == len(loader):
+            asked.wait()
+            stop = vote.item()
+            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
                 losses = torch.stack(losses) / self.world_size
                 dist.all_reduce(losses)  # each rank has seen only its own part of the batches
                 self.report.train(self.epoch, self.global_step, losses.tolist())
                 losses = []
-            if self.args.save_every and self.global_step % self.args.save_every == 0:
+            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
                 self.save_snapshot()
+            if stop:  # on all ranks after the same step
+                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
+                name = signal.Signals(stop).name
+                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + stop)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, images, labels):
@@ -197,8 +222,11 @@ def worker(rank, port, args):
     device = setup(rank, port, args)
     try:
         main(args, device)
-    except RuntimeError:
-        time.sleep(5)  # mp.spawn shows the first error, and this may be the echo of another rank's end
+    except RuntimeError as error:
+        seen_by = f"rank {dist.get_rank()}"
+        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
         raise
     finally:
         cleanup()
@@ -211,12 +239,21 @@ def spawn(args):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.world_size)))
     # The ranks meet in this store. Port 0 lets the OS choose a free one.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.spawn(worker, args=(store.port, args), nprocs=args.world_size, join=False)
+
+    def forward_signal(number, frame):
+        for process in context.processes:
+            os.kill(process.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward_signal)
     try:
-        mp.spawn(worker, args=(store.port, args), nprocs=args.world_size)
+        while not context.join():
+            pass
     except mp.ProcessExitedException as error:
-        if error.exit_code != 2:
+        if error.exit_code < 0:  # it was killed
             raise
-        sys.exit(2)  # the worker has said why
+        sys.exit(error.exit_code)  # the worker has said why
 
 
 if __name__ == "__main__":

@@ -13,22 +13,22 @@ their own: in the one they share with torchrun by default they find the addresse
 import gc
 import math
 import os
-import shlex
+import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
 
-from common.options import fail, make_parser, pick_device
+from common.options import check_torchrun, fail, make_parser, pick_device
 
 
 def parse_args():
     parser = make_parser(__file__, __doc__)
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
+    check_torchrun()
     return args
 
 
@@ -52,11 +52,14 @@ from common.reporting import LOG_EVERY, Reporter
 def setup(args):
     """Make this process one of the ranks that torchrun has started; returns its device."""
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=2),  # by default, ranks wait 10 or 30 minutes for one that is stuck
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=2),  # by default, ranks wait 10 or 30 minutes for one that is stuck
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
     return device
 
 
@@ -72,6 +75,15 @@ def cleanup():
         dist.destroy_process_group()
 
 
+stop_signal = 0
+
+
+def note_signal(number, frame):
+    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
+    global stop_signal
+    stop_signal = number
+
+
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
         self.args = args
@@ -83,6 +95,8 @@ class Trainer:
         self.test_data = test_data
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=2))  # on CPUs
+        self.launcher = os.getppid()
         self.global_batch = args.batch_size * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -92,9 +106,12 @@ class Trainer:
     def train(self):
         self.load_snapshot()
         places = [None] * self.world_size  # exchanging them also keeps rank 0 from saving while others load
-        dist.all_gather_object(places, (self.train_data.name, self.epoch, self.samples_seen))
+        place = (self.train_data.name, self.epoch, self.samples_seen)
+        dist.all_gather_object(places, place, group=self.control)
         if len(set(places)) > 1:
             fail(f"the ranks do not start from the same place (data, epoch, images): {places}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -117,16 +134,26 @@ class Trainer:
         losses = []
         self.model.train()
         for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
+            # Is any rank told to stop, or has lost its launcher? Asked while the step runs, it costs no time.
+            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
+            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))
             self.samples_seen += self.global_batch
             self.global_step += 1
-            if batch % LOG_EVERY == 0 or batch == len(loader):
+            asked.wait()
+            stop = vote.item()
+            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
                 losses = torch.stack(losses) / self.world_size
                 dist.all_reduce(losses)  # each rank has seen only its own part of the batches
                 self.report.train(self.epoch, self.global_step, losses.tolist())
                 losses = []
-            if self.args.save_every and self.global_step % self.args.save_every == 0:
+            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
                 self.save_snapshot()
+            if stop:  # on all ranks after the same step
+                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
+                name = signal.Signals(stop).name
+                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + stop)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, images, labels):
@@ -200,6 +227,12 @@ def worker(args):
     device = setup(args)
     try:
         main(args, device)
+    except RuntimeError as error:
+        seen_by = f"rank {dist.get_rank()}"
+        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
+        raise
     finally:
         cleanup()
 

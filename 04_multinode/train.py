@@ -14,10 +14,10 @@ import contextlib
 import gc
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
+import time
 import traceback
 import uuid
 import zlib
@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
 
-from common.options import fail, make_parser, pick_device, positive_float, whole_number
+from common.options import check_torchrun, fail, make_parser, pick_device, positive_float, whole_number
 
 
 def parse_args():
@@ -36,8 +36,7 @@ def parse_args():
     add("--clip-norm", type=positive_float, metavar="X", help="shrink gradients whose norm is above X")
     add("--timeout", type=whole_number, default=120, metavar="S", help="seconds until a rank is lost (120)")
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
+    check_torchrun()
     return args
 
 
@@ -61,11 +60,14 @@ from common.reporting import LOG_EVERY, Reporter
 def setup(args):
     """Make this process one of the ranks that torchrun has started; returns its device."""
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends it
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
     return device
 
 
@@ -102,13 +104,13 @@ def check_that_nodes_agree(args, data):
         fail(f"{'; '.join(differences[:6])}: make the nodes the same")
 
 
-terminated = False
+stop_signal = 0
 
 
-def remember_sigterm(number, frame):
-    """A scheduler wants this node back: note it, and let the step that is under way end."""
-    global terminated
-    terminated = True
+def note_signal(number, frame):
+    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
+    global stop_signal
+    stop_signal = number
 
 
 class Trainer:
@@ -123,6 +125,7 @@ class Trainer:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
+        self.launcher = os.getppid()
         self.global_batch = args.batch_size * args.accumulate * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
@@ -133,7 +136,8 @@ class Trainer:
     def train(self):
         self.load_snapshot()
         self.saves = self.is_first_on_its_disk()
-        signal.signal(signal.SIGTERM, remember_sigterm)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -156,25 +160,26 @@ class Trainer:
         losses = []
         self.model.train()
         for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
-            # Has any rank had a SIGTERM? Asked while the step runs, the answer costs it no time.
-            stop = torch.tensor([terminated], dtype=torch.int32)
-            asked = dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.control, async_op=True)
+            # Is any rank told to stop, or has lost its launcher? Asked while the step runs, it costs no time.
+            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
+            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))
             self.samples_seen += self.global_batch
             self.global_step += 1
             asked.wait()
+            stop = vote.item()
             if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
                 losses = torch.stack(losses) / self.world_size
                 dist.all_reduce(losses)  # each rank has seen only its own part of the batches
                 self.report.train(self.epoch, self.global_step, losses.tolist())
                 losses = []
-            if self.args.save_every and self.global_step % self.args.save_every == 0:
+            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
                 self.save_snapshot()
             if stop:  # on all ranks after the same step
-                self.save_snapshot()
-                dist.barrier(group=self.control)  # torchrun kills the rest 30 s after the first to leave
-                self.report.say(f"SIGTERM: saved at step {self.global_step}; run the same again to go on")
-                sys.exit(128 + signal.SIGTERM)
+                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
+                name = signal.Signals(stop).name
+                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + stop)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, images, labels):
@@ -280,9 +285,9 @@ def worker(args):
         main(args, device)
     except RuntimeError as error:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        error.add_note(
-            f"Seen by {seen_by}. After a time-out or a lost connection look at the other nodes first."
-        )
+        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
         raise
     finally:
         cleanup()

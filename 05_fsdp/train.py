@@ -15,10 +15,10 @@ import functools
 import gc
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
+import time
 import traceback
 import uuid
 import zlib
@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
 
-from common.options import fail, make_parser, pick_device, positive_float, whole_number
+from common.options import check_torchrun, fail, make_parser, pick_device, positive_float, whole_number
 
 
 def parse_args():
@@ -43,8 +43,7 @@ def parse_args():
     add("--cpu-offload", action="store_true", help="shards, and the optimizer's step, in the CPU's memory")
     add("--meta-init", action="store_true", help="no rank but the first ever holds the whole model")
     args = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ:
-        fail(f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}")
+    check_torchrun()
     if int(os.environ["WORLD_SIZE"]) % args.replicas:
         fail(f"--replicas {args.replicas} must divide the {os.environ['WORLD_SIZE']} ranks")
     return args
@@ -81,11 +80,14 @@ def setup(args):
     if args.use_gpu != 0 and not torch.cuda.is_available():
         fail("FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo")
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # offloaded tensors are on CPUs
-        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
-        device_id=device if device.type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # offloaded tensors: CPUs
+            timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends it
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
     return device
 
 
@@ -177,13 +179,13 @@ def build_sharded_model(args, device, mesh):
     return model
 
 
-terminated = False
+stop_signal = 0
 
 
-def remember_sigterm(number, frame):
-    """A scheduler wants this node back: note it, and let the step that is under way end."""
-    global terminated
-    terminated = True
+def note_signal(number, frame):
+    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
+    global stop_signal
+    stop_signal = number
 
 
 class Trainer:
@@ -197,6 +199,7 @@ class Trainer:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
+        self.launcher = os.getppid()
         self.storage = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # for a thread
         self.global_batch = args.batch_size * args.accumulate * self.world_size
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
@@ -210,7 +213,8 @@ class Trainer:
     def train(self):
         self.load_snapshot()
         self.check_that_the_disk_is_shared()
-        signal.signal(signal.SIGTERM, remember_sigterm)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note_signal)
         self.report_memory("at the start")
         with ThreadPoolExecutor(1) as self.background:  # its end waits for a save, also after an error
             while self.epoch < self.args.epochs:
@@ -236,9 +240,9 @@ class Trainer:
         losses = []
         self.model.train()
         for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
-            # Has any rank had a SIGTERM? Asked while the step runs, the answer costs it no time.
-            stop = torch.tensor([terminated], dtype=torch.int32)
-            asked = dist.all_reduce(stop, dist.ReduceOp.MAX, group=self.control, async_op=True)
+            # Is any rank told to stop, or has lost its launcher? Asked while the step runs, it costs no time.
+            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
+            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))
             if self.hooks:
                 self.report_memory("after one step")
@@ -247,20 +251,21 @@ class Trainer:
             self.samples_seen += self.global_batch
             self.global_step += 1
             asked.wait()
+            stop = vote.item()
             if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
                 losses = torch.stack(losses) / self.world_size
                 dist.all_reduce(losses)  # each rank has seen only its own part of the batches
                 self.report.train(self.epoch, self.global_step, losses.tolist())
                 losses = []
             due = self.args.save_every and self.global_step % self.args.save_every == 0
-            if due and not stop and batch < len(loader):  # at a stop or the epoch's end it is saved anyway
+            if stop or (due and batch < len(loader)):  # at the epoch's end it is saved anyway
                 self.save_snapshot()
             if stop:  # on all ranks after the same step
-                self.save_snapshot()
                 self.wait_for_snapshot()
-                dist.barrier(group=self.control)  # torchrun kills the rest 30 s after the first to leave
-                self.report.say(f"SIGTERM: saved at step {self.global_step}; run the same again to go on")
-                sys.exit(128 + signal.SIGTERM)
+                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
+                name = signal.Signals(stop).name
+                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
+                sys.exit(128 + stop)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, images, labels):
@@ -359,7 +364,7 @@ class Trainer:
         if problem and self.rank != 0:
             sys.exit(2)  # all ranks know, and one says it
         if problem:
-            fail(f"{problem}; make room or choose another --snapshot-dir")
+            fail(f"{problem}; {snapshot.REMEDY}")
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, self.train_data.name, sharded=True)
@@ -431,9 +436,9 @@ def worker(args):
         main(args, device)
     except RuntimeError as error:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        error.add_note(
-            f"Seen by {seen_by}. After a time-out or a lost connection look at the other nodes first."
-        )
+        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
         raise
     finally:
         cleanup()

@@ -116,11 +116,11 @@ def download(data_dir: Path, raw: Path) -> str:
 
     Returns an empty string, or why no mirror could be reached. `fail`s if the folder cannot be written.
     """
-    if all((raw / name).exists() for name in FILES):
-        return ""
     asked = time.time()
     failure = data_dir / ".mnist-download-failed"
     try:
+        if all((raw / name).exists() for name in FILES):
+            return ""
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".mnist-download-lock"):
             if all((raw / name).exists() for name in FILES):

@@ -7,7 +7,9 @@ import argparse
 import math
 import os
 import re
+import shlex
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -59,9 +61,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str) -> int:
-    """An integer of 1 or more, for argparse."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not '{text}'")
+    """An integer from 1 to a billion, for argparse; more overflows where torch counts nanoseconds."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more (to a billion), not '{text}'")
     return int(text)
 
 
@@ -125,6 +127,31 @@ def make_parser(script: str, description: str) -> OneLineParser:
     add("--metrics", type=Path, metavar="FILE", help="append one JSON object per line to FILE")
     add("--verbose", action="store_true", help="every rank logs, not rank 0 alone")
     return parser
+
+
+def check_torchrun() -> None:
+    """`fail` unless the environment is one that torchrun makes for the processes that it starts.
+
+    https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
+    """
+    how = f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}"
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT")
+    missing = [name for name in (*numbers, "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        fail(f"not set: {', '.join(missing)}; {how}")
+    for name in numbers:
+        if not re.fullmatch(r"\d{1,9}", os.environ[name]):
+            fail(f"{name} is '{os.environ[name]}', and no number; {how}")
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(os.environ[name]) >= int(os.environ[size]):
+            fail(f"{name} is {os.environ[name]}, and must be below {size}, {os.environ[size]}; {how}")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if int(port) > 65535:
+        fail(f"MASTER_PORT is {port}, and there are 65535; {how}")
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        fail(f"MASTER_ADDR is '{address}', which leads nowhere ({error.strerror}): give rank 0's address")
 
 
 def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 1) -> "torch.device":

@@ -1,17 +1,19 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same
-for steps 01 to 04: begin with one script, go on with another. Step 05's is a folder of that name
-without `.pt`: the ranks' shards, as torch.distributed.checkpoint writes them, and the rest of the
-dictionary in `state.pt`. 05_fsdp/convert.py makes one of the other.
+for steps 01 to 04: begin with one script, go on with another. Behind the last byte that `torch.load`
+reads stands the CRC-32 of all before it. Step 05's is a folder of that name without `.pt`: the ranks'
+shards, as torch.distributed.checkpoint writes them, and the rest of the dictionary in `state.pt`.
+05_fsdp/convert.py makes one of the other.
 """
 
 import argparse
 import io
 import os
+import pickle
 import re
 import shutil
-import zipfile
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,39 @@ import torch
 from common.options import fail, warn
 
 FORMAT = 1
+REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 STATE = "state.pt"  # in a sharded snapshot: all that is not a shard, and the shards' checksums
+METADATA = ".metadata"  # in a sharded snapshot: which shard holds which part of which tensor, a pickle
+
+# All that stands in METADATA. A pickle can name any function there is, to be called when it is loaded.
+HARMLESS = {
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # Python 3.13's name for it
+    "torch.Size",
+    "torch.bfloat16",
+    "torch.float32",
+    "torch.float64",
+    "torch.int64",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+}
+
+
+class HarmlessUnpickler(pickle.Unpickler):
+    """Refuses, with an UnpicklingError, a pickle that names anything but the HARMLESS."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in HARMLESS:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in {METADATA}")
+        return super().find_class(module, name)
 
 
 def step_of(path: Path) -> int:
@@ -55,6 +88,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
     # Through memory, so that whatever the disk objects to arrives as an OSError.
     content = io.BytesIO()
     torch.save(state, content)
+    # Of the whole file: zip's own leave out the names and places of what is in it.
+    content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))
     temporary = path.parent / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -104,7 +139,7 @@ def save(args: argparse.Namespace, dataset: str, state: dict[str, Any]) -> Path:
         for old in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
             old.unlink(missing_ok=True)
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; make room or choose another --snapshot-dir")
+        fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
     return path
 
 
@@ -158,21 +193,30 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         content = (path / STATE if sharded else path).read_bytes()
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
+    if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
+        return (
+            {},
+            f"wrong checksum: altered, cut off at {len(content):,} bytes, or no snapshot of this project",
+        )
     try:
-        # torch.load does not look at the checksums of its own zip format.
-        if corrupt := zipfile.ZipFile(io.BytesIO(content)).testzip():
-            return {}, f"wrong checksum in {corrupt}"
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make zipfile and the unpickler raise nearly anything
+    except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
         return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not isinstance(state, dict) or "format" not in state:
         return {}, "not a snapshot of this project"
+    if sharded and METADATA not in state.get("checksums", {}):
+        return {}, f"{STATE} is of no sharded snapshot"
     for name, crc in state.get("checksums", {}).items():
         try:
             if checksum(path / name) != crc:
                 return {}, f"wrong checksum in {name}"
         except OSError as error:
             return {}, f"cannot read {name}: {error.strerror}"
+    if sharded:
+        try:
+            HarmlessUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+        except Exception as error:  # as above
+            return {}, f"{METADATA}: {error}".splitlines()[0]
     return state, ""
 
 
@@ -192,8 +236,11 @@ def load_newest(args: argparse.Namespace, dataset: str, sharded: bool = False) -
         args.snapshot_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot make the folder {args.snapshot_dir}: {error.strerror}; choose another --snapshot-dir")
-    if not os.access(args.snapshot_dir, os.W_OK):
-        fail(f"cannot write to {args.snapshot_dir}: make it writable or choose another --snapshot-dir")
+    try:
+        with tempfile.TemporaryFile(dir=args.snapshot_dir) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        fail(f"cannot write to {args.snapshot_dir}: {error.strerror}; {REMEDY}")
     paths, others = snapshots(args.snapshot_dir, sharded), snapshots(args.snapshot_dir, not sharded)
     if others and (not paths or step_of(others[0]) > step_of(paths[0])):
         kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"

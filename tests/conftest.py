@@ -96,6 +96,18 @@ def finish(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str
     return process.returncode, out, err
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have, on Linux; without helpers."""
+    try:
+        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        found = [
+            child for child in found if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+    except FileNotFoundError:  # it has just ended
+        return []
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
 def newest(folder: Path) -> dict[str, Any]:
     """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)

@@ -22,6 +22,7 @@ from conftest import (
     GLOBAL_BATCH,
     PROOF,
     ROOT,
+    children,
     command,
     disagreements,
     finish,
@@ -259,15 +260,6 @@ SAVING = ["--num-samples=457", "--epochs=2", "--precision=float64", "--save-ever
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return train(STEP, 2, tmp_path_factory.mktemp("uninterrupted"), *SAVING)
-
-
-def children(pid):
-    """The processes that a process has started, and those that they have."""
-    try:
-        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:  # it has just ended
-        return []
-    return found + [grandchild for child in found for grandchild in children(child)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc: Linux only")
