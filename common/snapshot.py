@@ -196,7 +196,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
         return (
             {},
-            f"wrong checksum: altered, cut off at {len(content):,} bytes, or no snapshot of this project",
+            f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot",
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
