@@ -29,6 +29,7 @@ FILES = {
 }
 
 FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
+MOST = 10_000_000  # synthetic digits, 8 GB of pixels
 
 
 class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -66,10 +67,13 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
         data_dir: MNIST is read from `data_dir/MNIST/raw`, and downloaded to it when it is not there.
         num_samples: this many synthetic training digits instead, and a sixth of it to test on.
 
-    Exits with one line (`fail`) when the files are damaged or the folder cannot be written. Without
+    Exits with one line (`fail`) when the files are damaged, the folder cannot be written, or
+    `num_samples` is above `MOST`. Without
     a network and without files it returns 60,000 synthetic digits whose `fallback` says so.
     """
     if num_samples is not None:
+        if num_samples > MOST:
+            fail(f"--num-samples {num_samples}: must be {MOST:,} at most, they are kept in memory")
         return synthetic(num_samples)
     raw = data_dir / "MNIST" / "raw"
     problem = download(data_dir, raw)

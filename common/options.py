@@ -68,9 +68,9 @@ def whole_number(text: str) -> int:
 
 
 def multiple_of_64(text: str) -> int:
-    """64, 128, 192 …, for argparse."""
-    if whole_number(text) % 64:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 64, not '{text}'")
+    """64, 128, 192 … 16384, for argparse."""
+    if whole_number(text) % 64 or int(text) > 16384:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 64, 16384 at most, not '{text}'")
     return int(text)
 
 
@@ -147,7 +147,7 @@ def check_torchrun() -> None:
             fail(f"{name} is {os.environ[name]}, and must be below {size}, {os.environ[size]}; {how}")
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if int(port) > 65535:
-        fail(f"MASTER_PORT is {port}, and there are 65535; {how}")
+        fail(f"MASTER_PORT is {port}, and must be below 65536; {how}")
     try:
         socket.getaddrinfo(address, port)
     except OSError as error:

@@ -170,9 +170,7 @@ def interrupt(life: Life, kind: str, stuck: StuckSave | None, rng: random.Random
     elif kind.startswith("everything"):
         # The launcher first: it would end the ranks more gently.
         kill([*launcher, *ranks], KINDS[kind])
-    elif (
-        kind == "Ctrl-C"
-    ):  # a terminal sends it to the whole group; torchrun's ranks have groups of their own
+    elif kind == "Ctrl-C":  # from a terminal it comes to the whole group; torchrun's ranks have their own
         os.killpg(life.process.pid, signal.SIGINT)
     else:
         kill(launcher, KINDS[kind])
@@ -223,11 +221,13 @@ def interrupted_run(
     folder.mkdir(parents=True)
     done: list[str] = []
     for kind in kinds:
+        if last_saved(folder) == LAST:
+            break
         stuck = StuckSave(step, folder, rng) if kind.endswith("in a save") else None
         before = last_saved(folder)
         life = Life(words_for(step), folder)
         moment = interrupt(life, kind, stuck, rng)
-        if not moment:  # it was over: what is left of the kinds would find nothing to train
+        if not moment:  # it was over before
             assert life.end() == 0, life.log.read_text()
             break
         ranks_were = life.ranks()

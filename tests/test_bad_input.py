@@ -1,0 +1,317 @@
+"""What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FOLDERS, ROOT, environment
+
+from common.mnist import FILES
+from common.snapshot import write
+
+ALL = list(FOLDERS)
+UNDER_TORCHRUN = [step for step in ALL if step > "02"]
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch.distributed.nn", "torch.distributed.fsdp"])
+LONG = "long" * 1300  # no file system takes such a name
+DIGITS = "--num-samples=128"
+
+# One rank as torchrun would start it. Port 0: any free one, which is enough for a rank that is alone.
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def in_child(words, env, folder):
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def run(step, flags, folder, **env):
+    """Run a step's script, with one rank; its status, stdout and stderr.
+
+    In a copy of a process that has imported torch: the same as `python train.py …`, without the seconds
+    that the import takes.
+    """
+    token = str(uuid.uuid4())
+    world = {"02": {}, "01": {}}.get(step, ONE_RANK)
+    env = {**environment(TOKEN=token), **world, **env}
+    env = {name: value for name, value in env.items() if value is not None}
+    words = [str(ROOT / FOLDERS[step] / "train.py"), *(["--world-size=1"] if step == "02" else []), *flags]
+    process = FORK.Process(target=in_child, args=(words, env, folder))
+    process.start()
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    end = time.monotonic() + 20
+    while left := [pid for pid in os.listdir("/proc") if pid.isdigit() and token in environ_of(pid)]:
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.05)
+    return process.exitcode, (folder / "out").read_text(), (folder / "err").read_text()
+
+
+def environ_of(pid):
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:  # it has ended, or is another user's
+        return ""
+
+
+def check(result, said):
+    status, out, err = result
+    print(f"status {status}: {err}")
+    assert status == 2
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert "test loss" not in out
+
+
+WHOLE = "must be a whole number, 1 or more"
+# flags: what the line says. A step's own flags begin with its number.
+FLAGS = {
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
+    "--epoch=3": "unrecognized arguments: --epoch=3",  # no abbreviations: a typo is not another flag
+    "--Epochs=3": "unrecognized arguments",
+    "-epochs 3": "unrecognized arguments",
+    "extra": "unrecognized arguments: extra",
+    "--epochs": "--epochs: expected one argument",
+    "--epochs=": WHOLE,
+    "--epochs=0": WHOLE,
+    "--epochs=-1": WHOLE,
+    "--epochs=1.5": WHOLE,
+    "--epochs=two": WHOLE,
+    "--epochs=٣": WHOLE,  # a digit to Python, and a surprise to everybody else
+    "--epochs=1000000000000": "(to a billion), not '1000000000000'",
+    "--batch-size=0": WHOLE,
+    "--batch-size=-64": WHOLE,
+    "--batch-size=1e3": WHOLE,
+    "--lr=0": "must be a number above 0, not '0'",
+    "--lr=-0.1": "must be a number above 0",
+    "--lr=nan": "must be a number above 0",
+    "--lr=inf": "must be a number above 0",
+    "--lr=fast": "must be a number above 0",
+    "--seed=-1": "must be a whole number from 0",
+    "--seed=4294967296": "must be a whole number from 0",
+    "--seed=x": "must be a whole number from 0",
+    "--num-samples=0": WHOLE,
+    "--num-samples=many": WHOLE,
+    "--num-samples=99999999": "--num-samples 99999999: must be 10,000,000 at most",
+    "--vit-width=0": WHOLE,
+    "--vit-width=100": "must be a multiple of 64, 16384 at most, not '100'",
+    "--vit-width=640000": "must be a multiple of 64, 16384 at most",
+    "--vit-depth=0": WHOLE,
+    "--save-every=0": WHOLE,
+    "--save-every=often": WHOLE,
+    "--use-gpu=2": "--use-gpu: invalid choice: 2",
+    "--use-gpu=yes": "--use-gpu: invalid int value: 'yes'",
+    "--model=gpt": "--model: invalid choice: 'gpt'",
+    "--model=": "--model: invalid choice: ''",
+    "--precision=float16": "--precision: invalid choice: 'float16'",
+    "--compile=1": "ignored explicit argument '1'",
+    "--verbose=yes": "ignored explicit argument 'yes'",
+    "02 --world-size=0": WHOLE,
+    "02 --world-size=-2": WHOLE,
+    "02 --world-size=all": WHOLE,
+    "04 --accumulate=0": WHOLE,
+    "04 --clip-norm=0": "must be a number above 0",
+    "04 --timeout=0": WHOLE,
+    "04 --timeout=99999999999": WHOLE,
+    "05 --accumulate=0": WHOLE,
+    "05 --clip-norm=nan": "must be a number above 0",
+    "05 --timeout=soon": WHOLE,
+    "05 --replicas=0": WHOLE,
+    "05 --replicas=2": "--replicas 2 must divide the 1 ranks",
+    f"{DIGITS} --batch-size=129": "a step takes 129 images, synthetic-128 has 128: lower --batch-size",
+    "--num-samples=1 --batch-size=2": "a step takes 2 images, synthetic-1 has 1",
+    "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
+    "--data-dir=file": "cannot download MNIST to file: File exists; point --data-dir elsewhere",
+    "--data-dir=file/below": "cannot download MNIST to file/below: Not a directory",
+    "--data-dir=/proc/nowhere": "cannot download MNIST to /proc/nowhere",
+    f"--data-dir={LONG}": "File name too long; point --data-dir elsewhere",
+    f"{DIGITS} --snapshot-dir=file": "cannot make the folder file: File exists; choose another",
+    f"{DIGITS} --snapshot-dir=file/below": "cannot make the folder file/below: Not a directory",
+    f"{DIGITS} --snapshot-dir=/proc/nowhere": "cannot make the folder /proc/nowhere",
+    f"{DIGITS} --snapshot-dir=/proc": "cannot write to /proc",
+    f"{DIGITS} --snapshot-dir={LONG}": "File name too long; choose another --snapshot-dir",
+    f"{DIGITS} --metrics=/dev/null/x": "cannot write --metrics /dev/null/x: Not a directory",
+    f"{DIGITS} --metrics=.": "cannot write --metrics .: Is a directory",
+    f"{DIGITS} --metrics={LONG}": "File name too long",
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [(step, flags) for flags in FLAGS for step in ALL if not flags[0].isdigit() or flags[:2] == step],
+    ids=lambda value: value[:40],
+)
+def test_bad_flags(tmp_path, step, flags):
+    (tmp_path / "file").write_text("a file")
+    words = [word for word in flags.split(" ") if word not in ALL]
+    use_gpu = [] if "--use-gpu" in flags else ["--use-gpu=0"]
+    check(run(step, [*use_gpu, *words], tmp_path), FLAGS[flags])
+
+
+@pytest.mark.parametrize("flags", [[], ["--use-gpu=1"]], ids=["by default", "--use-gpu=1"])
+def test_step_05_does_not_take_cpus_for_gpus(tmp_path, flags):
+    check(run("05", [DIGITS, *flags], tmp_path), "CUDA is not available: --use-gpu 0 practises on CPU")
+
+
+def sized(path, size, header=b""):
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
+IMAGES, LABELS = bytes([0, 0, 8, 3]), bytes([0, 0, 8, 1])
+DAMAGED_DATA = {
+    "cut off": lambda path, size: sized(path, size // 2, IMAGES),
+    "empty": lambda path, size: sized(path, 0),
+    "too long": lambda path, size: sized(path, size + 1, IMAGES),
+    "with another header": lambda path, size: sized(path, size, LABELS),
+    "a folder": lambda path, size: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED_DATA, "a label of 200"])
+@pytest.mark.parametrize("step", ALL)
+def test_damaged_mnist(tmp_path, step, damage):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, size in FILES.items():
+        sized(raw / name, size, IMAGES if "images" in name else LABELS)
+    name = "train-images-idx3-ubyte"
+    if damage in DAMAGED_DATA:
+        (raw / name).unlink()
+        DAMAGED_DATA[damage](raw / name, FILES[name])
+    else:
+        name = "train-labels-idx1-ubyte"
+        sized(raw / name, FILES[name], LABELS + bytes(100) + b"\xc8")
+    said = "cannot read" if damage == "a folder" else "is damaged"
+    result = run(step, ["--use-gpu=0", "--data-dir=data"], tmp_path)
+    check(result, said)
+    assert name in result[2] and "point --data-dir elsewhere" in result[2]
+
+
+OTHER = {
+    "model_name": ("vit", "was made with --model vit, this run has --model cnn"),
+    "seed": (7, "was made with seed 7, this run has seed 0"),
+    "precision": ("bf16", "was made with precision bf16, this run has precision float32"),
+    "dataset": ("mnist", "was made with dataset mnist, this run has dataset synthetic-128"),
+    "format": (99, "was made with format 99, this run has format 1"),
+}
+
+
+def plain_snapshot(path, **changed):
+    state = {"format": 1, "model_name": "cnn", "seed": 0, "precision": "float32", "dataset": "synthetic-128"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, {**state, "rng": torch.get_rng_state(), "global_step": 1, **changed})
+
+
+@pytest.mark.parametrize("key", OTHER)
+@pytest.mark.parametrize("step", [step for step in ALL if step != "05"])  # step 05's: test_snapshot.py
+def test_a_snapshot_of_another_run(tmp_path, step, key):
+    value, said = OTHER[key]
+    plain_snapshot(tmp_path / "snapshots" / "snapshot-00000001.pt", **{key: value})
+    check(run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path), said)
+
+
+UNUSABLE = {
+    "of no length": lambda path: path.touch(),
+    "text": lambda path: path.write_text("not a snapshot"),
+    "cut off": lambda path: (plain_snapshot(path), os.truncate(path, 1000)),
+    "of another program": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "an empty folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+@pytest.mark.parametrize("step", ALL)
+def test_no_snapshot_can_be_used(tmp_path, step, what):
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    path = folder / "snapshot-00000001.pt"
+    if step == "05":
+        (folder / "snapshot-00000001").mkdir()
+        path = folder / "snapshot-00000001" / "state.pt"
+    UNUSABLE[what](path)
+    result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
+    if step == "05" and what == "an empty folder":
+        check(result, "cannot read snapshots/snapshot-00000001: Is a directory")
+    else:
+        check(result, "no snapshot is left, delete snapshots to start afresh")
+    assert path.exists()
+
+
+@pytest.mark.parametrize("step", ALL)
+def test_the_other_kind_of_snapshot(tmp_path, step):
+    path = tmp_path / "snapshots" / ("snapshot-00000009.pt" if step == "05" else "snapshot-00000009")
+    path.mkdir(parents=True)
+    result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
+    check(result, "to go on from it: python 05_fsdp/convert.py snapshots/snapshot-00000009")
+
+
+HOW = "use torchrun: torchrun --standalone --nproc-per-node=2 "
+ENVIRONMENTS = {
+    **{f"no {name}": ({name: None}, f"not set: {name}; {HOW}") for name in ONE_RANK},
+    "no torchrun": (dict.fromkeys(ONE_RANK), "not set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "),
+    "RANK=first": ({"RANK": "first"}, f"RANK is 'first', and no number; {HOW}"),
+    "RANK=-1": ({"RANK": "-1"}, "RANK is '-1', and no number"),
+    "RANK=1 of 1": ({"RANK": "1"}, "RANK is 1, and must be below WORLD_SIZE, 1"),
+    "WORLD_SIZE=0": ({"WORLD_SIZE": "0"}, "RANK is 0, and must be below WORLD_SIZE, 0"),
+    "WORLD_SIZE=": ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', and no number"),
+    "LOCAL_WORLD_SIZE=0": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK is 0, and must be below LOCAL_WORLD_SIZE"),
+    "MASTER_PORT=http": ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', and no number"),
+    "MASTER_PORT=70000": ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, and must be below 65536"),
+    "MASTER_ADDR=no.such.host": ({"MASTER_ADDR": "no.such.host"}, "MASTER_ADDR is 'no.such.host', which"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+@pytest.mark.parametrize("step", UNDER_TORCHRUN)
+def test_bad_environments(tmp_path, step, case):
+    changed, said = ENVIRONMENTS[case]
+    check(run(step, ["--use-gpu=0", DIGITS], tmp_path, **changed), said)
+
+
+@pytest.mark.parametrize("step", UNDER_TORCHRUN)
+def test_a_port_in_use(tmp_path, step):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        result = run(step, ["--use-gpu=0", DIGITS], tmp_path, MASTER_PORT=port)
+    check(result, f"port: {port}")
+    assert "address already in use" in result[2] and "is the port free, is every rank started?" in result[2]
+
+
+@pytest.mark.parametrize("step", [step for step in UNDER_TORCHRUN if step != "03"])
+def test_a_rank_that_is_not_started(tmp_path, step):
+    result = run(step, ["--use-gpu=0", DIGITS, "--timeout=2"], tmp_path, WORLD_SIZE="2")
+    check(result, "the ranks do not meet: ")
+
+
+@pytest.mark.parametrize("step", [step for step in ALL if step != "01"])
+def test_more_ranks_than_images(tmp_path, step):
+    """Two real ranks, by the launcher: one of them speaks."""
+    script = str(ROOT / FOLDERS[step] / "train.py")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    words = [script, "--world-size=2"] if step == "02" else words
+    flags = ["--use-gpu=0", "--num-samples=1", "--batch-size=1"]
+    done = subprocess.run(
+        [sys.executable, *words, *flags], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    print(done.returncode, lines)
+    assert lines == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
+    assert done.returncode == 2 if step == "02" else "exitcode  : 2" in done.stderr
