@@ -243,7 +243,8 @@ def spawn(args):
 
     def forward_signal(number, frame):
         for process in context.processes:
-            os.kill(process.pid, number)
+            if process.is_alive():
+                os.kill(process.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward_signal)

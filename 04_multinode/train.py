@@ -60,14 +60,11 @@ from common.reporting import LOG_EVERY, Reporter
 def setup(args):
     """Make this process one of the ranks that torchrun has started; returns its device."""
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    try:
-        dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-            backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends it
-            device_id=device if device.type == "cuda" else None,
-        )
-    except dist.DistError as error:
-        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
+    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+        backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
+        device_id=device if device.type == "cuda" else None,
+    )
     return device
 
 
@@ -280,7 +277,10 @@ def main(args, device):
 
 @record  # hands the traceback of a rank that fails to torchrun
 def worker(args):
-    device = setup(args)
+    try:
+        device = setup(args)
+    except dist.DistError as error:
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
     try:
         main(args, device)
     except RuntimeError as error:

@@ -15,6 +15,7 @@ import functools
 import gc
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -80,14 +81,11 @@ def setup(args):
     if args.use_gpu != 0 and not torch.cuda.is_available():
         fail("FSDP is for GPUs, and CUDA is not available: --use-gpu 0 practises on CPU workers with gloo")
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    try:
-        dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # offloaded tensors: CPUs
-            timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends it
-            device_id=device if device.type == "cuda" else None,
-        )
-    except dist.DistError as error:
-        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
+    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # offloaded tensors are on CPUs
+        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
+        device_id=device if device.type == "cuda" else None,
+    )
     return device
 
 
@@ -352,7 +350,9 @@ class Trainer:
                 self.report.detail(f"saved {path}")
         except dcp.CheckpointException as error:  # the same on all ranks
             rank, (reason, _) = next(iter(error.failures.items()))
-            problem = [f"rank {rank} cannot write its shards: {reason}"]
+            reason = str(reason).splitlines()[0]  # not always the one that the disk gave
+            free = shutil.disk_usage(self.args.snapshot_dir).free / 1e6
+            problem = [f"rank {rank} cannot write its shards: {reason} ({free:.1f} MB are free)"]
         except OSError as error:
             problem = [f"cannot write to {self.args.snapshot_dir}: {error.strerror}"]
         dist.broadcast_object_list(problem, src=0, group=self.storage)
@@ -431,7 +431,10 @@ def main(args, device):
 
 @record  # hands the traceback of a rank that fails to torchrun
 def worker(args):
-    device = setup(args)
+    try:
+        device = setup(args)
+    except dist.DistError as error:
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
     try:
         main(args, device)
     except RuntimeError as error:

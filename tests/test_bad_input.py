@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import runpy
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -299,19 +298,3 @@ def test_a_port_in_use(tmp_path, step):
 def test_a_rank_that_is_not_started(tmp_path, step):
     result = run(step, ["--use-gpu=0", DIGITS, "--timeout=2"], tmp_path, WORLD_SIZE="2")
     check(result, "the ranks do not meet: ")
-
-
-@pytest.mark.parametrize("step", [step for step in ALL if step != "01"])
-def test_more_ranks_than_images(tmp_path, step):
-    """Two real ranks, by the launcher: one of them speaks."""
-    script = str(ROOT / FOLDERS[step] / "train.py")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
-    words = [script, "--world-size=2"] if step == "02" else words
-    flags = ["--use-gpu=0", "--num-samples=1", "--batch-size=1"]
-    done = subprocess.run(
-        [sys.executable, *words, *flags], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    print(done.returncode, lines)
-    assert lines == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
-    assert done.returncode == 2 if step == "02" else "exitcode  : 2" in done.stderr

@@ -199,7 +199,8 @@ def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     status, out, err = finish(start(words, tmp_path))
     before = saved(disk / "snapshots")
     print(f"status {status}, snapshots {before}: {errors(err)}")
-    assert len(errors(err)) == 1 and "No space left on device; make room, make it writable" in errors(err)[0]
+    said = "(0.0 MB are free)" if step == "05" else "No space left on device"
+    assert len(errors(err)) == 1 and f"{said}; make room, make it writable" in errors(err)[0]
     assert status == 2 if step < "03" else "exitcode  : 2" in err
     assert "RuntimeError" not in err  # of ranks that find rank 0 gone
     assert len(before) >= 2
@@ -223,7 +224,8 @@ def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, disk, step):
     finally:
         status, out, err = finish(process)
     print(f"status {status}: {errors(err)}")
-    assert len(errors(err)) == 1 and "Read-only file system; make room, make it writable" in errors(err)[0]
+    assert len(errors(err)) == 1 and "Read-only file system" in errors(err)[0]
+    assert errors(err)[0].endswith("; make room, make it writable, or choose another --snapshot-dir")
     assert status == 2 if step < "03" else "exitcode  : 2" in err
     assert "RuntimeError" not in err
     # Started again, it says so before it trains.
@@ -272,7 +274,7 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
         assert re.search(
             r"Seen by rank [02]( on \S+)?\. After a time-out or a lost connection look at the o", err
         )
-        assert ("Connection closed by peer" if what == "exits with 0" else "5000ms") in err
+        assert re.search("Connection (closed|reset) by peer" if what == "exits with 0" else "5000ms", err)
 
 
 DIFFERENT = {

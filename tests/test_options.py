@@ -28,49 +28,14 @@ def test_help_and_bad_flags_are_answered_without_torch(script, flag, status):
     assert len(imported) > 20 and "torch" not in imported
 
 
-BAD = {
-    "--epochs=0": "--epochs: must be a whole number, 1 or more, not '0'",
-    "--epochs=-1": "--epochs: must be a whole number",
-    "--epochs=two": "--epochs: must be a whole number",
-    "--batch-size=1.5": "--batch-size: must be a whole number",
-    "--lr=0": "--lr: must be a number above 0, not '0'",
-    "--lr=nan": "--lr: must be a number above 0",
-    "--lr=inf": "--lr: must be a number above 0",
-    "--lr=fast": "--lr: must be a number above 0",
-    "--seed=-1": "--seed: must be a whole number from 0",
-    "--seed=4294967296": "--seed: must be a whole number from 0",
-    "--num-samples=0": "--num-samples: must be a whole number",
-    "--vit-width=100": "--vit-width: must be a multiple of 64, not '100'",
-    "--vit-depth=0": "--vit-depth: must be a whole number",
-    "--save-every=0": "--save-every: must be a whole number",
-    "--use-gpu=2": "--use-gpu: invalid choice: 2",
-    "--model=gpt": "--model: invalid choice: 'gpt'",
-    "--precision=float16": "--precision: invalid choice: 'float16'",
-    "--epoch=3": "unrecognized arguments: --epoch=3",  # no abbreviations: a typo is not another flag
-    "--num-samples=32": "a step takes 64 images, synthetic-32 has 32: lower --batch-size",
-    "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
-    "--metrics=/dev/null/x": "cannot write --metrics /dev/null/x",
-    "--snapshot-dir=/dev/null": "cannot make the folder /dev/null: File exists",
-}
-
-
-@pytest.mark.parametrize("flag", BAD)
-def test_a_bad_flag_gets_one_line(tmp_path, flag):
-    samples = [] if flag.startswith(("--num-samples", "--data-dir")) else ["--num-samples=128"]
-    status, _, err = finish(start([*command("01", 1), *samples, "--epochs=1", flag], tmp_path))
-    print(status, err)
-    assert status == 2
-    assert err.count("\n") == 1 and err.startswith("error: ") and BAD[flag] in err
-
-
 @pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
 def test_several_ranks_print_an_error_once(tmp_path, step):
-    flags = ["--num-samples=32", "--batch-size=32", "--use-gpu=0"]
+    flags = ["--num-samples=1", "--batch-size=1", "--use-gpu=0"]
     status, _, err = finish(start([*command(step, 2), *flags], tmp_path))
     print(err)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status != 0
-    assert lines == ["error: a step takes 64 images, synthetic-32 has 32: lower --batch-size"]
+    assert lines == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
     if step == "02":  # torchrun has its own status and report
         assert status == 2 and "Traceback" not in err
 

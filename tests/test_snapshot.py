@@ -4,11 +4,14 @@ import argparse
 import errno
 import os
 import pickle
+import random
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from common import snapshot
 
@@ -31,10 +34,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def failure(capsys, args, dataset="mnist"):
+def save_sharded(folder, step):
+    shards = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
+    dcp.save(shards, checkpoint_id=snapshot.unfinished(folder, step), no_dist=True)
+    rest = {"param_groups": [], "epoch": 0, "global_step": step}
+    return snapshot.finish(folder, snapshot.complete(flags(folder), "mnist", rest))
+
+
+@pytest.fixture
+def sharded_folder(tmp_path):
+    """The same, as step 05 saves them."""
+    for step in (10, 20, 30):
+        save_sharded(tmp_path, step)
+    return tmp_path
+
+
+def failure(capsys, args, dataset="mnist", sharded=False):
     """The one line with which loading fails."""
     with pytest.raises(SystemExit) as stopped:
-        snapshot.load_newest(args, dataset)
+        snapshot.load_newest(args, dataset, sharded)
     lines = capsys.readouterr().err.splitlines()
     print(lines)
     assert stopped.value.code == 2
@@ -97,6 +115,87 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(folder, capsys, 
     assert err.startswith(f"warning: {newest} is damaged (") and err.endswith(f"using {before} instead\n")
 
 
+def spoil(file, rng):
+    """Damage a file somewhere at random; what was done to it."""
+    content = bytearray(file.read_bytes())
+    at = rng.randrange(len(content))
+    kind = rng.choice(["bit", "bit", "bit", "cut", "cut", "zeros", "noise", "longer", "empty", "twice"])
+    if kind == "bit":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "zeros":  # a block that never came to the disk
+        content[at : at + 512] = bytes(len(content[at : at + 512]))
+    elif kind == "noise":
+        content[at : at + 64] = rng.randbytes(len(content[at : at + 64]))
+    elif kind == "longer":
+        content += rng.randbytes(1 + rng.randrange(100))
+    elif kind == "empty":
+        content.clear()
+    elif kind == "twice":
+        content += bytes(content)
+    changed = bytes(content) != file.read_bytes()
+    file.write_bytes(content)
+    return f"{kind} at {at}" if changed else ""
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+def test_no_damage_goes_unseen(sharded, capsys, request):
+    """1000 times each: the damaged one is named, the one before it is loaded."""
+    folder = request.getfixturevalue("sharded_folder" if sharded else "folder")
+    rng = random.Random(0)
+    newest, before, _ = snapshot.snapshots(folder, sharded)
+    files = sorted(newest.iterdir()) if sharded else [newest]
+    whole = {file: file.read_bytes() for file in files}
+    seen = 0
+    while seen < 1000:
+        file = rng.choice(files)
+        what = spoil(file, rng)
+        if not what:
+            continue  # zeros in the place of zeros
+        state = snapshot.load_newest(flags(folder), "mnist", sharded)
+        err = capsys.readouterr().err
+        assert state["global_step"] == 20, f"{file.name}, {what}: {err}"
+        assert err.startswith(f"warning: {newest} is damaged ("), f"{file.name}, {what}: {err}"
+        assert err.endswith(f"using {before} instead\n") and err.count("\n") == 1, (
+            f"{file.name}, {what}: {err}"
+        )
+        file.write_bytes(whole[file])
+        seen += 1
+    assert snapshot.load_newest(flags(folder), "mnist", sharded)["global_step"] == 30
+    print(f"{seen} of {seen} seen; the last: {err}")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+def test_when_no_good_one_is_left_they_are_kept(sharded, capsys, request):
+    folder = request.getfixturevalue("sharded_folder" if sharded else "folder")
+    rng = random.Random(1)
+    for path in snapshot.snapshots(folder, sharded):
+        while not spoil(path / snapshot.STATE if sharded else path, rng):
+            pass
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    line = failure(capsys, flags(folder), sharded=sharded)
+    assert line.count(" is damaged (") == 3 and "no snapshot is left, delete" in line
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_zips_own_checksums_would_miss_some(folder):
+    """They are of what a zip holds, not of where it says that it is: hence one of the whole file."""
+    newest = snapshot.snapshots(folder)[0]
+    content, rng = newest.read_bytes(), random.Random(2)
+    directory = content.rindex(b"PK\x01\x02")
+    while True:
+        damaged = bytearray(content)
+        damaged[rng.randrange(directory, len(content) - 4)] ^= 1 << rng.randrange(8)
+        newest.write_bytes(damaged)
+        try:
+            if zipfile.ZipFile(newest).testzip() is None and torch.load(newest, weights_only=True):
+                break
+        except Exception as error:  # which most of the bits lead to
+            print(f"{type(error).__name__}: {error}".splitlines()[0])
+    assert snapshot.read(newest)[1].startswith("wrong checksum")
+
+
 def test_torch_load_alone_would_not_have_noticed_the_flipped_bit(folder):
     newest = snapshot.snapshots(folder)[0]
     damage("a flipped bit", newest)
@@ -117,19 +216,60 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
         def __reduce__(self):
             return Path.touch, (tmp_path / "attacked",)
 
-    torch.save({"format": 1, "model": Attack()}, tmp_path / "snapshot-00000001.pt")
-    failure(capsys, flags(tmp_path))
+    snapshot.write(tmp_path / "snapshot-00000001.pt", {"format": 1, "model": Attack()})
+    assert "Weights only load failed" in failure(capsys, flags(tmp_path))
     assert not (tmp_path / "attacked").exists()
     # The file does what it threatens to, if it is let: the test above can fail.
     torch.load(tmp_path / "snapshot-00000001.pt", weights_only=False)
     assert (tmp_path / "attacked").exists()
 
 
+@pytest.mark.parametrize("attack", ["a function", "a tensor that is none"])
+def test_a_sharded_one_that_would_run_code_is_refused(sharded_folder, capsys, attack):
+    """torch.distributed.checkpoint unpickles `.metadata`, and what that says is no tensor."""
+    newest = snapshot.snapshots(sharded_folder, sharded=True)[0]
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (sharded_folder / "attacked",)
+
+    metadata = pickle.loads((newest / snapshot.METADATA).read_bytes())
+    if attack == "a function":
+        metadata.planner_data = Attack()
+    else:
+        metadata.state_dict_metadata["model.w"] = dcp.metadata.BytesStorageMetadata()
+    (newest / snapshot.METADATA).write_bytes(pickle.dumps(metadata))
+    state = torch.load(newest / snapshot.STATE, weights_only=True)
+    state["checksums"][snapshot.METADATA] = snapshot.checksum(newest / snapshot.METADATA)
+    snapshot.write(newest / snapshot.STATE, state)
+    assert snapshot.load_newest(flags(sharded_folder), "mnist", sharded=True)["global_step"] == 20
+    err = capsys.readouterr().err
+    print(err)
+    assert "has no place in .metadata" in err
+    assert not (sharded_folder / "attacked").exists()
+    # It does what it threatens to, if it is let: the test above can fail.
+    pickle.loads((newest / snapshot.METADATA).read_bytes())
+    assert (sharded_folder / "attacked").exists() == (attack == "a function")
+
+
 def test_a_file_of_another_program_is_refused(tmp_path, capsys):
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "snapshot-00000001.pt")
-    assert "not a snapshot of this project" in failure(capsys, flags(tmp_path))
-    (tmp_path / "snapshot-00000001.pt").write_bytes(pickle.dumps({"format": 1}))
+    path = tmp_path / "snapshot-00000001.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    assert "wrong checksum: altered, cut off at" in failure(capsys, flags(tmp_path))
+    path.write_bytes(pickle.dumps({"format": 1}))
     failure(capsys, flags(tmp_path))
+    snapshot.write(path, {"weights": torch.zeros(3)})
+    assert "not a snapshot of this project" in failure(capsys, flags(tmp_path))
+    content = pickle.dumps({"format": 1})
+    path.write_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
+    failure(capsys, flags(tmp_path))
+
+
+def test_a_plain_one_in_the_place_of_state_is_refused(sharded_folder, capsys):
+    newest = snapshot.snapshots(sharded_folder, sharded=True)[0]
+    snapshot.write(newest / snapshot.STATE, snapshot.complete(flags(sharded_folder), "mnist", state(30)))
+    assert snapshot.load_newest(flags(sharded_folder), "mnist", sharded=True)["global_step"] == 20
+    assert "state.pt is of no sharded snapshot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
