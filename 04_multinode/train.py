@@ -157,7 +157,7 @@ class Trainer:
         losses = []
         self.model.train()
         for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
-            # Is any rank told to stop, or has lost its launcher? Asked while the step runs, it costs no time.
+            # Has any rank been told to stop, or lost its launcher? Asked beside the step, that costs no time.
             vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
             asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
             losses.append(self.run_batch(images, labels))

@@ -26,7 +26,9 @@ def fail(message: str) -> NoReturn:
     Its end makes the launcher end the others while they wait; if they do not, they were alone with it.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which may be what the launcher ends this one with
+        signal.signal(
+            signal.SIGTERM, lambda number, frame: sys.exit(2)
+        )  # by which the launcher ends this one
         time.sleep(10)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

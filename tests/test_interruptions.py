@@ -295,7 +295,10 @@ def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what
     launch.write_text(
         "import os, runpy, sys\nsys.argv.pop(0)\n"
         f"if os.environ['RANK'] == '1': {DIFFERENT[what]}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as error:\n"
+        "    print(os.environ['RANK'], file=open(f'left-with-{error.code}', 'a'))\n"
+        "    raise\n"
     )
     words = command(step, 3, tmp_path / "one")
     words.insert(-1, str(launch))
@@ -306,3 +309,4 @@ def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what
     assert errors(err)[0].startswith("error: rank 1 on ") and f" has {said}" in errors(err)[0]
     assert "rank 2 on" not in errors(err)[0] and errors(err)[0].endswith(": make the nodes the same")
     assert status == 1 and "exitcode  : 2" in err
+    assert sorted((tmp_path / "left-with-2").read_text().split()) == ["0", "1", "2"]
