@@ -98,13 +98,12 @@ def finish(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started, and those that they have, on Linux; without helpers."""
-    try:
-        found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        found = [
-            child for child in found if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
-    except FileNotFoundError:  # it has just ended
-        return []
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
