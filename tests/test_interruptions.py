@@ -101,6 +101,20 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("step", GROWN)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
+    process = start([*command(step, 2), *FOREVER], tmp_path)
+    try:
+        wait_until(lambda: saved(tmp_path / "snapshots"), "a snapshot")
+        os.kill(children(process.pid)[1], signal.SIGTERM)
+    finally:
+        status, out, err = finish(process)
+    said = re.search(r"SIGTERM: saved at step (\d+)", out)
+    print(status, out[-200:], err[-1000:])
+    assert said and int(said[1]) == saved(tmp_path / "snapshots")[0]
+    assert status == (143 if step == "02" else 1) and "Seen by" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", ["01", "02"])
 def test_the_status_is_the_signals(tmp_path, step, number):
