@@ -88,12 +88,14 @@ def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
 def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     """SIGKILL to the launcher alone: a run that is started again would meet them in the same folder."""
     process = start([*command(step, 2), *FOREVER], tmp_path)
+    ranks = []
     try:
         wait_until(lambda: saved(tmp_path / "snapshots"), "a snapshot")
         ranks = children(process.pid)
         process.kill()
         wait_until(lambda: all(map(has_ended, ranks)), f"the end of {ranks}", 60)
     finally:
+        soak.kill([pid for pid in ranks if not has_ended(pid)], signal.SIGKILL)
         _, out, err = finish(process)
     said = re.search(r"(SIGINT|SIGTERM): saved at step (\d+)", out)
     print(f"{len(ranks)} ranks: {said[0]}")
