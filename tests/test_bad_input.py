@@ -145,7 +145,7 @@ FLAGS = {
     f"{DIGITS} --snapshot-dir=/proc/nowhere": "cannot make the folder /proc/nowhere",
     f"{DIGITS} --snapshot-dir=/proc": "cannot write to /proc",
     f"{DIGITS} --snapshot-dir={LONG}": "File name too long; choose another --snapshot-dir",
-    f"{DIGITS} --metrics=/dev/null/x": "cannot write --metrics /dev/null/x: Not a directory",
+    f"{DIGITS} --metrics=/dev/null/x": "cannot write --metrics /dev/null/x: File exists",
     f"{DIGITS} --metrics=.": "cannot write --metrics .: Is a directory",
     f"{DIGITS} --metrics={LONG}": "File name too long",
 }
