@@ -148,8 +148,7 @@ def interrupt(life: Life, kind: str, stuck: StuckSave | None, rng: random.Random
     if stuck:
         end = time.monotonic() + LIMIT
         while not stuck.is_reached():
-            if life.process.poll() is not None:
-                return ""
+            assert life.process.poll() is None, f"it ended without a save:\n{life.log.read_text()}"
             assert time.monotonic() < end, f"never came to save:\n{life.log.read_text()}"
             time.sleep(0.01)
         moment = f"in the save of {stuck.pipe.parent.name}/{stuck.pipe.name}"

@@ -1,16 +1,11 @@
 """Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none."""
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
-import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +17,6 @@ from conftest import (
     GLOBAL_BATCH,
     PROOF,
     ROOT,
-    children,
     command,
     disagreements,
     finish,
@@ -248,42 +242,6 @@ def uninterrupted(tmp_path_factory):
     return train(STEP, 2, tmp_path_factory.mktemp("uninterrupted"), *SAVING)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc: Linux only")
-def test_killed_while_it_saves_in_the_background(uninterrupted, tmp_path):
-    """A pipe that nobody reads is a very slow disk: rank 1's shard never gets onto it."""
-    folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
-    for path in snapshot.snapshots(folder, sharded=True):
-        if snapshot.step_of(path) > 20:
-            shutil.rmtree(path)
-    slow = snapshot.unfinished(folder, 30) / "__1_0.distcp"
-    slow.parent.mkdir()
-    os.mkfifo(slow)
-    flags = [*SAVING, "--snapshot-dir=snapshots", "--use-gpu=0"]
-    process = start([*command(STEP, 2), *flags], tmp_path)
-    try:
-        end = time.monotonic() + 120
-        while not (slow.parent / "__0_0.distcp").exists():  # rank 0's shard; rank 1's cannot come
-            assert process.poll() is None and time.monotonic() < end, "no snapshot was begun"
-            time.sleep(0.01)
-        for pid in children(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.kill()
-    finally:
-        _, out, _ = finish(process)
-    names = [path.name for path in snapshot.snapshots(folder, sharded=True)]
-    print(f"{out}\nafter the kill: {names}, unfinished {slow.parent.name}")
-    assert names == ["snapshot-00000020"] and slow.parent.exists()
-    slow.unlink()
-    slow.write_bytes(b"half")
-    run = train(STEP, 2, tmp_path, *SAVING)
-    difference = largest_difference(run.weights, uninterrupted.weights)
-    print(f"{run.out}\nresumed: {difference} from the uninterrupted run")
-    assert "resumed from snapshots: epoch 1, step 20" in run.out
-    assert difference == 0.0
-    assert not list(folder.glob(".*"))
-
-
 def test_training_goes_on_while_a_snapshot_is_written_and_ends_when_it_cannot_be(tmp_path):
     """The same slow disk: two more steps are done before the next snapshot waits. Then the disk fails."""
     slow = snapshot.unfinished(tmp_path / "snapshots", 2) / "__1_0.distcp"
@@ -446,25 +404,6 @@ def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, t
         print(err)
         assert stopped.value.code == 2
         assert err.endswith(f"to go on from it: python 05_fsdp/convert.py {name}\n")
-
-
-def test_sigterm_saves_and_waits_for_it(uninterrupted, tmp_path):
-    flags = [*SAVING, "--epochs=1000", "--snapshot-dir=snapshots", "--use-gpu=0"]
-    process = start([*command(STEP, 2), *flags], tmp_path)
-    try:
-        while "epoch 2/1000  test loss" not in (line := process.stdout.readline()):
-            assert line, "it ended"
-        process.terminate()
-    finally:
-        status, out, err = finish(process)
-    said = re.search(r"SIGTERM: saved at step (\d+); run the same again to go on", out)
-    assert said, err
-    saved = int(said[1])
-    path = snapshot.snapshots(tmp_path / "snapshots", sharded=True)[0]
-    print(f"status {status}, saved at step {saved}: {path.name}")
-    assert status == 1, err
-    assert snapshot.step_of(path) == saved and snapshot.read(path)[1] == ""
-    assert not list((tmp_path / "snapshots").glob(".*"))
 
 
 def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
