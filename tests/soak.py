@@ -1,6 +1,6 @@
 """Interrupt training at random moments, start it again with the same command, and compare how it ends.
 
-    python tests/soak.py                          # make soak: 120 interruptions, and 20 restarts by torchrun
+    python tests/soak.py                          # make soak: 100 interruptions, and 20 restarts by torchrun
     python tests/soak.py --kills 10 --seed 7      # fewer; all seeds are printed
 
 A run of a step is interrupted several times, in a different way each time, and must end with the weights
@@ -324,7 +324,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=120, help="interruptions, at least (120)")
+    parser.add_argument("--kills", type=int, default=100, help="interruptions, at least (100)")
     parser.add_argument("--restarts", type=int, default=20, help="runs that torchrun restarts (20)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="a new one each time")
     args = parser.parse_args()
