@@ -229,7 +229,7 @@ def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     assert not list((disk / "snapshots").glob(".*"))
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ["01", "03", "05"])
 def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, disk, step):
     remount(disk, "size=100m")
     words = [*command(step, ranks_of(step)), *FOREVER, "--snapshot-dir=disk/snapshots"]
@@ -286,6 +286,7 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
     if what == "raises":
         assert "ZeroDivisionError: planted" in err
         assert "Connection closed by peer" not in err  # the echo on the other ranks
+        assert "destroy_process_group" not in err  # torch says so when a process leaves without it
     else:
         assert re.search(
             r"Seen by rank [02]( on \S+)?\. After a time-out or a lost connection look at the o", err
