@@ -26,9 +26,8 @@ def fail(message: str) -> NoReturn:
     Its end makes the launcher end the others while they wait; if they do not, they were alone with it.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(
-            signal.SIGTERM, lambda number, frame: sys.exit(2)
-        )  # by which the launcher ends this one
+        # It ends them with SIGTERM.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(2))
         time.sleep(10)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -194,10 +194,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
     if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
-        return (
-            {},
-            f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot",
-        )
+        return {}, f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot"
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
