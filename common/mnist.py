@@ -68,7 +68,8 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
         num_samples: this many synthetic training digits instead, and a sixth of it to test on.
 
     Exits with one line (`fail`) when the files are damaged, the folder cannot be written, or
-    `num_samples` is above `MOST`. Without a network and without files it returns 60,000 synthetic digits whose `fallback` says so.
+    `num_samples` is above `MOST`. Without a network and without files it returns 60,000 synthetic
+    digits whose `fallback` says so.
     """
     if num_samples is not None:
         if num_samples > MOST:
