@@ -16,7 +16,6 @@ import secrets
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,17 +25,34 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from conftest import FOLDERS, children, command, environment, newest
+import forks
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    UNDER_TORCHRUN,
+    Started,
+    command,
+    errors,
+    finish,
+    has_ended,
+    kill,
+    last_saved,
+    newest,
+    ranks_of,
+    start,
+    states_equal,
+    wait_for_step,
+    wait_until,
+)
 
-from common.snapshot import snapshots, step_of, unfinished
+from common.snapshot import unfinished
 
 SAVE_EVERY = 5
 EPOCH = 21  # steps, so that an epoch does not end where a snapshot is due anyway
-LAST = 10 * EPOCH
-FLAGS = [f"--num-samples={24 * EPOCH + 5}", "--epochs=10", f"--save-every={SAVE_EVERY}", "--use-gpu=0"]
-LIMIT = 240  # seconds; a run takes a tenth of it
-MOMENTS = 2.5  # seconds after the first step, about as many as a run takes for the rest
+EPOCHS = 6
+LAST = EPOCHS * EPOCH
+FLAGS = [f"--num-samples={GLOBAL_BATCH * EPOCH + 5}", f"--epochs={EPOCHS}", f"--save-every={SAVE_EVERY}", "--use-gpu=0"]
+ROOM = 12 * SAVE_EVERY  # no run is interrupted so near its end: it might be over before
 
 # What is ended and how. The launcher is mp.spawn's process or torchrun; its ranks live on for a moment.
 KINDS = {
@@ -56,69 +72,11 @@ def kinds_for(step: str) -> list[str]:
     return [kind for kind in KINDS if step != "01" or kind not in alone]
 
 
-class Life:
-    """One start of a step, until it ends or is ended."""
-
-    def __init__(self, words: list[str], folder: Path, **extra: str):
-        self.log = folder / "log"
-        self.were: list[int] = []  # the ranks' process ids when it was interrupted
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                words,
-                cwd=folder,
-                env=environment(**extra),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def ranks(self) -> list[int]:
-        """The process ids of the ranks; of step 01, which has no launcher, its own."""
-        return children(self.process.pid) or [self.process.pid]
-
-    def has_said(self, text: str) -> bool:
-        """Wait until it has printed `text`; False if it ended before."""
-        end = time.monotonic() + LIMIT
-        while text not in self.log.read_text():
-            if self.process.poll() is not None:
-                return False
-            assert time.monotonic() < end, f"never came to '{text}':\n{self.log.read_text()}"
-            time.sleep(0.01)
-        return True
-
-    def end(self) -> int:
-        """Wait for its end; its status."""
-        try:
-            return self.process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            kill([*children(self.process.pid), self.process.pid], signal.SIGKILL)
-            raise AssertionError(f"it hung:\n{self.log.read_text()}") from None
-
-
-def kill(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def wait_for_end(pids: list[int]) -> None:
-    end = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < end, f"still there: {pids}"
-        time.sleep(0.01)
-
-
-def last_saved(folder: Path) -> int:
-    found = [*snapshots(folder / "snapshots"), *snapshots(folder / "snapshots", sharded=True)]
-    return max(map(step_of, found), default=0)
-
-
 class StuckSave:
     """A pipe where the next snapshot is to be written: a disk that takes no more in the middle of it."""
 
     def __init__(self, step: str, folder: Path, rng: random.Random):
-        saved = last_saved(folder)
+        saved = last_saved(folder / "snapshots")
         due = min(saved - saved % SAVE_EVERY + SAVE_EVERY, saved - saved % EPOCH + EPOCH)
         self.reader, self.other = None, None
         if step == "05":  # one rank's shard gets nowhere, the other one's is written
@@ -151,71 +109,65 @@ class StuckSave:
         self.pipe.write_bytes(half)
 
 
-def interrupt(life: Life, kind: str, stuck: StuckSave | None, rng: random.Random) -> str:
-    """End a life in the way of `kind`, at a random moment; when it was, or "" if it was over before."""
-    if stuck:
-        end = time.monotonic() + LIMIT
-        while not stuck.is_reached():
-            assert life.process.poll() is None, f"it ended without a save:\n{life.log.read_text()}"
-            assert time.monotonic() < end, f"never came to save:\n{life.log.read_text()}"
-            time.sleep(0.01)
-        moment = f"in the save of {stuck.pipe.parent.name}/{stuck.pipe.name}"
-    else:
-        early = kind.endswith("early")
-        seconds = rng.uniform(0, 4 if early else MOMENTS)
-        if not early and not life.has_said("images a step"):
-            return ""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            life.process.wait(seconds)
-            return ""
-        moment = f"{seconds:.2f} s after {'its start' if early else 'the first line'}"
-    ranks = life.were = life.ranks()
-    launcher = [life.process.pid]
+def interrupt(
+    life: Started, folder: Path, kind: str, due: int, stuck: StuckSave | None, rng: random.Random
+) -> tuple[str, list[int]]:
+    """End a life in the way of `kind`: in a save, in the beginning, or soon after it has saved step `due`.
+
+    Returns when that was, in words, and which ranks there were. Raises AssertionError if it was over before.
+    """
+    try:
+        if stuck:
+            wait_until(lambda: stuck.is_reached() or life.poll() is not None, "a save that is stuck")
+            moment = f"in the save of {stuck.pipe.parent.name}/{stuck.pipe.name}"
+        elif kind.endswith("early"):
+            time.sleep(seconds := rng.uniform(0, 0.8))
+            moment = f"{seconds:.2f} s after its start"
+        else:
+            wait_for_step(life, folder / "snapshots", due)
+            time.sleep(seconds := rng.uniform(0, 0.1))
+            moment = f"{seconds:.3f} s after the save of step {due}"
+        assert life.poll() is None, f"it was over before its moment, {moment}\n{life.story}"
+        if kind.startswith("everything"):
+            kill([life.pid], signal.SIGSTOP)  # so that it starts no rank that would be forgotten here
+    except AssertionError:
+        kill([life.pid, *life.ranks()])
+        raise
+    ranks = life.ranks()
     if kind == "one rank":
         kill([rng.choice(ranks)], KINDS[kind])
     elif kind == "all ranks":
         kill(ranks, KINDS[kind])
     elif kind.startswith("everything"):
-        # The launcher first: it would end the ranks more gently.
-        kill([*launcher, *ranks], KINDS[kind])
+        kill([life.pid, *ranks], KINDS[kind])
     elif kind == "Ctrl-C":  # from a terminal it comes to the whole group; torchrun's ranks have their own
-        os.killpg(life.process.pid, signal.SIGINT)
+        os.killpg(life.pid, signal.SIGINT)
     else:
-        kill(launcher, KINDS[kind])
-    return moment
-
-
-def states_equal(a: Any, b: Any) -> bool:
-    """Whether two states hold the same, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(states_equal, a, b))
-    return bool(a == b)
+        kill([life.pid], KINDS[kind])
+    return moment, ranks
 
 
 def words_for(step: str) -> list[str]:
-    ranks = 1 if step == "01" else 2
-    return [*command(step, ranks), *FLAGS, f"--batch-size={24 // ranks}", "--snapshot-dir=snapshots"]
+    ranks = ranks_of(step)
+    return [*command(step, ranks), *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}", "--snapshot-dir=snapshots"]
 
 
 def undisturbed(step: str, folder: Path) -> dict[str, Any]:
     """The state at the end of a run that is left alone."""
     folder.mkdir(parents=True)
-    life = Life(words_for(step), folder)
-    assert life.end() == 0, life.log.read_text()
+    process = start(words_for(step), folder)
+    status, _, _ = finish(process)
+    assert status == 0, process.story
     return newest(folder / "snapshots")
 
 
-def check_end(folder: Path, expected: dict[str, Any]) -> None:
+def check_end(folder: Path, expected: dict[str, Any], story: str) -> None:
     state = newest(folder / "snapshots")
-    assert state["global_step"] == LAST
+    assert state["global_step"] == LAST, f"ended at step {state['global_step']}, not {LAST}\n{story}"
     different = [key for key in expected if not states_equal(state[key], expected[key])]
-    assert not different, f"differs from the run that was left alone in {different}"
+    assert not different, f"differs from the run that was left alone in {different}\n{story}"
     left = [path.name for path in (folder / "snapshots").glob(".*")]
-    assert not left, f"left behind: {left}"
+    assert not left, f"left behind: {left}\n{story}"
 
 
 def interrupted_run(
@@ -223,47 +175,44 @@ def interrupted_run(
 ) -> list[str]:
     """Start a step, interrupt it in each way of `kinds`, and let it come to its end.
 
-    Returns a line for each interruption. Raises AssertionError if it does not end as it should.
+    Returns a line for each interruption, as many as `kinds`. Raises AssertionError if it does not end as it should.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     done: list[str] = []
     ranks_were: list[int] = []
-    for kind in kinds:
-        if last_saved(folder) == LAST:
-            break
-        if kind.endswith("in a save") and last_saved(folder) and last_saved(folder) % EPOCH == 0:
-            continue  # the epoch's end saves the same step once more, and would sweep the pipe away
+    for number, kind in enumerate(kinds):
+        before = last_saved(folder / "snapshots")
+        if kind.endswith("in a save") and before and before % EPOCH == 0:
+            kind = "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
         if kind.endswith("in a save"):
-            wait_for_end(ranks_were)  # ranks without a launcher would run into the pipe, and stay there
+            # Ranks without a launcher would run into the pipe, and stay there.
+            wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         stuck = StuckSave(step, folder, rng) if kind.endswith("in a save") else None
-        before = last_saved(folder)
-        life = Life(words_for(step), folder)
-        moment = interrupt(life, kind, stuck, rng)
-        if not moment:  # it was over before
-            assert life.end() == 0, life.log.read_text()
-            break
-        ranks_were = life.were
-        status = life.end()
-        text = life.log.read_text()
+        # Each interruption comes in its own part of what is left.
+        part = (LAST - ROOM - before) // (len(kinds) - number)
+        due = before + max(SAVE_EVERY, rng.randrange(max(1, part)) // SAVE_EVERY * SAVE_EVERY)
+        life = start(words_for(step), folder)
+        moment, ranks_were = interrupt(life, folder, kind, due, stuck, rng)
+        _, text, err = finish(life)
         if stuck:
             stuck.clear()
-        after = last_saved(folder)
+        after = last_saved(folder / "snapshots")
         done.append(f"step {step}, seed {seed}: {kind}, {moment}; saved at {before}, then at {after}")
-        assert after >= before
-        if kind in ("SIGTERM", "Ctrl-C") and after < LAST:
+        assert after >= before, f"{done[-1]}\n{life.story}"
+        assert not errors(err), f"{done[-1]}\n{life.story}"
+        if kind in ("SIGTERM", "Ctrl-C"):
             said = re.search(r"(SIGTERM|SIGINT): saved at step (\d+)", text)
             # Before the first step nothing is lost, and nothing saved.
-            assert int(said[2]) == after if said else after == before, f"{done[-1]}, unsaved\n{text}"
+            assert int(said[2]) == after if said else after == before, f"{done[-1]}, unsaved\n{life.story}"
         if kind.startswith("everything"):  # nobody to wait for, but the kernel
-            wait_for_end(ranks_were)
-    last = Life(words_for(step), folder)
-    status = last.end()
-    assert status == 0, "\n".join([*done, f"the last start ended with {status}", last.log.read_text()])
-    try:
-        check_end(folder, expected)
-    except AssertionError as error:
-        raise AssertionError("\n".join([*done, str(error), last.log.read_text()])) from None
+            wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
+    last = start(words_for(step), folder)
+    status, _, _ = finish(last)
+    story = "\n".join([*done, last.story])
+    assert status == 0, f"the last start ended with status {status}\n{story}"
+    check_end(folder, expected, story)
+    assert len(done) == len(kinds)
     return done
 
 
@@ -273,21 +222,23 @@ def restarted_run(step: str, seed: int, folder: Path, expected: dict[str, Any]) 
     folder.mkdir(parents=True)
     words = words_for(step)
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    life = Life(words, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    moment = interrupt(life, "one rank", None, rng)
-    status, text = life.end(), life.log.read_text()
+    life = start(words, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    due = rng.randrange(SAVE_EVERY, LAST - ROOM, SAVE_EVERY)
+    moment, _ = interrupt(life, folder, "one rank", due, None, rng)
+    status, text, _ = finish(life)
     line = f"step {step}, seed {seed}: torchrun restarts after one rank is killed {moment}"
-    assert status == 0, f"{line}\n{text}"
-    assert not moment or text.count("images a step") == 2, f"{line}\n{text}"  # one restart, not several
-    check_end(folder, expected)
-    return [line] if moment else []
+    assert status == 0, f"{line}\n{life.story}"
+    starts = text.count("images a step")
+    assert starts == 2, f"{line}: {starts} starts, not 2\n{life.story}"
+    check_end(folder, expected, f"{line}\n{life.story}")
+    return [line]
 
 
-def soak(kills: int, restarts: int, seed: int, folder: Path) -> bool:
-    """Interrupt runs of all steps, two at a time, `kills` times or more; whether all ended as they should."""
+def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
+    """Interrupt runs of all steps, two at a time, `interruptions` times or more; whether all ended as they should."""
     began, rng, lock = time.monotonic(), random.Random(seed), threading.Lock()
     counts = {"interruptions": 0, "restarts": 0, "runs": 0, "failures": 0}
-    print(f"seed {seed}: {kills} interruptions, {restarts} restarts", flush=True)
+    print(f"seed {seed}: {interruptions} interruptions, {restarts} restarts", flush=True)
 
     def attempt(what: str, run: Callable[..., list[str]], step: str, run_seed: int, *rest: Any) -> None:
         place = folder / f"{step}-{what}-{run_seed}"
@@ -310,7 +261,7 @@ def soak(kills: int, restarts: int, seed: int, folder: Path) -> bool:
 
     with ThreadPoolExecutor(2) as pool:
         expected = dict(zip(FOLDERS, pool.map(lambda s: undisturbed(s, folder / s), FOLDERS), strict=True))
-        while counts["interruptions"] < kills and not counts["failures"]:
+        while counts["interruptions"] < interruptions and not counts["failures"]:
             wait_for(
                 [
                     pool.submit(attempt, "interruptions", interrupted_run, step, rng.randrange(10**6), kinds)
@@ -318,16 +269,15 @@ def soak(kills: int, restarts: int, seed: int, folder: Path) -> bool:
                     for kinds in [rng.sample(kinds_for(step), 4)]
                 ]
             )
-        steps = [step for step in FOLDERS if step > "02"]
         wait_for(
             [
-                pool.submit(attempt, "restarts", restarted_run, steps[i % len(steps)], rng.randrange(10**6))
+                pool.submit(attempt, "restarts", restarted_run, UNDER_TORCHRUN[i % len(UNDER_TORCHRUN)], rng.randrange(10**6))
                 for i in range(restarts)
             ]
         )
     minutes = (time.monotonic() - began) / 60
     print(", ".join(f"{name}: {count}" for name, count in counts.items()), f"{minutes:.1f} minutes", sep="; ")
-    return not counts["failures"] and counts["interruptions"] >= kills
+    return not counts["failures"] and counts["interruptions"] >= interruptions
 
 
 if __name__ == "__main__":
@@ -338,5 +288,5 @@ if __name__ == "__main__":
     parser.add_argument("--restarts", type=int, default=20, help="runs that torchrun restarts (20)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="a new one each time")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, forks.server(Path(temporary)):
         sys.exit(0 if soak(args.kills, args.restarts, args.seed, Path(temporary)) else 1)

@@ -1,25 +1,17 @@
 """What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind."""
 
-import multiprocessing
 import os
-import runpy
 import socket
 import sys
-import time
-import uuid
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FOLDERS, ROOT, environment
+from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, errors, start, wait_until
 
 from common.mnist import FILES
 from common.snapshot import write
 
 ALL = list(FOLDERS)
-UNDER_TORCHRUN = [step for step in ALL if step > "02"]
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["torch.distributed.nn", "torch.distributed.fsdp"])
 LONG = "long" * 1300  # no file system takes such a name
 DIGITS = "--num-samples=128"
 
@@ -28,44 +20,27 @@ ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
-def in_child(words, env, folder):
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(env)
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+def in_session(pid):
+    """The processes of the session that `pid` has begun."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.getsid(int(name)) == pid:
+                found.append(int(name))
+        except ProcessLookupError:
+            continue
+    return found
 
 
 def run(step, flags, folder, **env):
-    """Run a step's script, with one rank; its status, stdout and stderr.
-
-    In a copy of a process that has imported torch: the same as `python train.py …`, without the seconds
-    that the import takes.
-    """
-    token = str(uuid.uuid4())
+    """Run a step's script, with one rank; its status, stdout and stderr. It leaves no process behind."""
     world = {"02": {}, "01": {}}.get(step, ONE_RANK)
-    env = {**environment(TOKEN=token), **world, **env}
-    env = {name: value for name, value in env.items() if value is not None}
-    words = [str(ROOT / FOLDERS[step] / "train.py"), *(["--world-size=1"] if step == "02" else []), *flags]
-    process = FORK.Process(target=in_child, args=(words, env, folder))
-    process.start()
-    process.join(60)
-    if process.exitcode is None:
-        process.kill()
-    end = time.monotonic() + 20
-    while left := [pid for pid in os.listdir("/proc") if pid.isdigit() and token in environ_of(pid)]:
-        assert time.monotonic() < end, f"still there: {left}"
-        time.sleep(0.05)
-    return process.exitcode, (folder / "out").read_text(), (folder / "err").read_text()
-
-
-def environ_of(pid):
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
-    except OSError:  # it has ended, or is another user's
-        return ""
+    extra = {name: value for name, value in {**world, **env}.items() if value is not None}
+    words = [sys.executable, str(ROOT / FOLDERS[step] / "train.py")]
+    process = start([*words, *(["--world-size=1"] if step == "02" else []), *flags], folder, **extra)
+    status = process.process.wait(60)
+    wait_until(lambda: not in_session(process.pid), "the end of all that it started", 20)
+    return status, process.out, process.err
 
 
 def check(result, said):
@@ -73,8 +48,7 @@ def check(result, said):
     print(f"status {status}: {err}")
     assert status == 2
     assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and said in lines[0]
+    assert len(errors(err)) == 1 and said in errors(err)[0], f"not one line with '{said}':\n{err}"
     assert "test loss" not in out
 
 

@@ -6,65 +6,42 @@ The same at random moments is `make soak`; a short one of it is in here.
 import collections
 import os
 import re
-import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import soak
-from conftest import FOLDERS, ROOT, children, command, finish, largest_difference, newest, start, train
-
-from common.snapshot import snapshots, step_of
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    GROWN,
+    after_a_step,
+    command,
+    drawn,
+    errors,
+    finish,
+    has_ended,
+    kill,
+    largest_difference,
+    last_saved,
+    newest,
+    planted,
+    ranks_of,
+    saved,
+    start,
+    traced,
+    train,
+    wait_for_step,
+    wait_until,
+)
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="finds ranks in /proc: Linux only"
 )
 
 STEPS = list(FOLDERS)
-GROWN = [step for step in STEPS if step != "01"]
-FOREVER = ["--num-samples=480", "--epochs=1000", "--use-gpu=0", "--snapshot-dir=snapshots"]
-
-
-def ranks_of(step):
-    return 1 if step == "01" else 2
-
-
-def saved(folder):
-    """The steps of all snapshots, newest first, of whichever kind."""
-    found = [*snapshots(folder), *snapshots(folder, sharded=True)]
-    return sorted(map(step_of, found), reverse=True)
-
-
-def wait_until(condition, what, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def has_ended(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def planted(root, step, *pairs):
-    """A copy of a step and `common`, with other lines."""
-    shutil.copytree(ROOT / "common", root / "common")
-    (root / FOLDERS[step]).mkdir()
-    source = (ROOT / FOLDERS[step] / "train.py").read_text()
-    for right, wrong in pairs:
-        assert source.count(right) == 1, right
-        source = source.replace(right, wrong)
-    (root / FOLDERS[step] / "train.py").write_text(source)
-    return root
-
-
-def errors(text):
-    return [line for line in text.splitlines() if line.startswith("error: ")]
+FOREVER = ["--num-samples=480", "--epochs=1000", "--save-every=4", "--use-gpu=0", "--snapshot-dir=snapshots"]
 
 
 SHORT = {
@@ -80,8 +57,15 @@ SHORT = {
 def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
     seed = int.from_bytes(os.urandom(2))
     expected = soak.undisturbed(step, tmp_path / "left alone")
-    for line in soak.interrupted_run(step, SHORT[step], seed, tmp_path / "interrupted", expected):
-        print(line)
+    lines = soak.interrupted_run(step, SHORT[step], seed, tmp_path / "interrupted", expected)
+    print("\n".join(lines))
+    assert len(lines) == len(SHORT[step])
+
+
+@pytest.mark.slow
+def test_a_soak_of_all_steps(tmp_path):
+    """As `make soak`, with 20 interruptions and 3 restarts."""
+    assert soak.soak(20, 3, int.from_bytes(os.urandom(2)), tmp_path)
 
 
 @pytest.mark.parametrize("step", GROWN)
@@ -90,16 +74,16 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     process = start([*command(step, 2), *FOREVER], tmp_path)
     ranks = []
     try:
-        wait_until(lambda: saved(tmp_path / "snapshots"), "a snapshot")
-        ranks = children(process.pid)
-        process.kill()
+        wait_for_step(process, tmp_path / "snapshots")
+        ranks = process.ranks()
+        kill([process.pid])
         wait_until(lambda: all(map(has_ended, ranks)), f"the end of {ranks}", 60)
     finally:
-        soak.kill([pid for pid in ranks if not has_ended(pid)], signal.SIGKILL)
+        kill([pid for pid in ranks if not has_ended(pid)])
         _, out, err = finish(process)
     said = re.search(r"(SIGINT|SIGTERM): saved at step (\d+)", out)
-    print(f"{len(ranks)} ranks: {said[0]}")
-    assert len(ranks) == 2 and int(said[2]) == saved(tmp_path / "snapshots")[0]
+    print(f"{len(ranks)} ranks: {said and said[0]}")
+    assert len(ranks) == 2 and said and int(said[2]) == last_saved(tmp_path / "snapshots"), process.story
     assert "Traceback" not in err
 
 
@@ -107,13 +91,13 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
     process = start([*command(step, 2), *FOREVER], tmp_path)
     try:
-        wait_until(lambda: saved(tmp_path / "snapshots"), "a snapshot")
-        os.kill(children(process.pid)[1], signal.SIGTERM)
+        wait_for_step(process, tmp_path / "snapshots")
+        os.kill(process.ranks()[1], signal.SIGTERM)
     finally:
         status, out, err = finish(process)
     said = re.search(r"SIGTERM: saved at step (\d+)", out)
     print(status, out[-200:], err[-1000:])
-    assert said and int(said[1]) == saved(tmp_path / "snapshots")[0]
+    assert said and int(said[1]) == last_saved(tmp_path / "snapshots")
     assert status == (143 if step == "02" else 1) and "Seen by" not in err
 
 
@@ -123,13 +107,13 @@ def test_the_status_is_the_signals(tmp_path, step, number):
     """128 and the signal's number, as shells have it; torchrun, around steps 03 to 05, has 1 for all."""
     process = start([*command(step, ranks_of(step)), *FOREVER], tmp_path)
     try:
-        wait_until(lambda: saved(tmp_path / "snapshots"), "a snapshot")
+        wait_for_step(process, tmp_path / "snapshots")
         process.send_signal(number)
     finally:
         status, out, err = finish(process)
     print(status, out.splitlines()[-1], err)
     assert status == 128 + number
-    assert f"{number.name}: saved at step {saved(tmp_path / 'snapshots')[0]}; run the same again" in out
+    assert f"{number.name}: saved at step {last_saved(tmp_path / 'snapshots')}; run the same again" in out
     assert "Traceback" not in err
 
 
@@ -140,31 +124,18 @@ TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-
 @pytest.mark.parametrize(("step", "ranks"), [("02", 3), ("03", 1), ("04", 3), ("05", 3), ("05", 1)])
 def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step, ranks):
     """Of the epoch in which it was interrupted, from a trace of the images that all ranks have drawn."""
-    root = planted(tmp_path / "root", step)
-    data = root / "common" / "mnist.py"
-    draws = "rows = torch.tensor(indices, dtype=torch.int64)"
-    writes = f"{draws}\n        print('drew', len(self), *indices, file=open(f'drawn-{{os.getpid()}}', 'a'))"
-    assert data.read_text().count(draws) == 1
-    data.write_text(data.read_text().replace(draws, writes))
-    stops = "\n            if self.global_step == 7: os.kill(os.getpid(), signal.SIGTERM)"
-    script = root / FOLDERS[step] / "train.py"
-    whole = script.read_text()
-    counts = "            self.global_step += 1\n"
-    assert whole.count(counts) == 1
+    root = traced(planted(tmp_path / "root", step))
     # In the seventh step: the vote of the eighth stops all.
-    script.write_text(whole.replace(counts, f"{counts.rstrip()}{stops}\n"))
+    stops = after_a_step("if self.global_step == 7: os.kill(os.getpid(), signal.SIGTERM)")
+    stopping = traced(planted(tmp_path / "stopping", step, stops))
     flags = [*TRACED, "--epochs=1", "--snapshot-dir=snapshots"]
-    finish(start([*command(step, 2, root), *flags], tmp_path))
-    script.write_text(whole)
-    done = saved(tmp_path / "snapshots")[0]
+    finish(start([*command(step, 2, stopping), *flags], tmp_path))
+    done = last_saved(tmp_path / "snapshots")
     assert done == 8
     train(step, ranks, tmp_path, *TRACED, "--epochs=1", root=root)
     seen = collections.Counter()
-    for file in tmp_path.glob("drawn-*"):
-        for line in file.read_text().splitlines():
-            _, size, *indices = line.split()
-            if size == "457":  # and not the test set
-                seen.update(map(int, indices))
+    for batches in drawn(tmp_path, 457):  # and not those of the test set
+        seen.update(sum(batches, []))
     before, batch = 8 * 2 * 10, ranks * 10
     skipped = -before % ranks
     expected = before + (457 // ranks * ranks - before - skipped) // batch * batch
@@ -206,11 +177,12 @@ def remount(folder, options):
     wait_until(done, f"remounting with {options}")
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("step", STEPS)
 def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     """Three snapshots of 2.5 MB fit, the fourth does not. With more room, the same command goes on."""
-    flags = ["--num-samples=480", "--epochs=3", "--use-gpu=0", "--save-every=8"]
-    flags += [f"--batch-size={24 // ranks_of(step)}"]
+    flags = ["--num-samples=480", "--epochs=3", "--use-gpu=0", "--save-every=16"]
+    flags += [f"--batch-size={GLOBAL_BATCH // ranks_of(step)}"]
     words = [*command(step, ranks_of(step)), *flags, "--snapshot-dir=disk/snapshots"]
     status, out, err = finish(start(words, tmp_path))
     before = saved(disk / "snapshots")
@@ -229,13 +201,14 @@ def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     assert not list((disk / "snapshots").glob(".*"))
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("step", ["01", "03", "05"])
 def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, disk, step):
     remount(disk, "size=100m")
     words = [*command(step, ranks_of(step)), *FOREVER, "--snapshot-dir=disk/snapshots"]
     process = start(words, tmp_path)
     try:
-        wait_until(lambda: saved(disk / "snapshots"), "a snapshot")
+        wait_for_step(process, disk / "snapshots")
         remount(disk, "ro")
     finally:
         status, out, err = finish(process)
@@ -266,8 +239,7 @@ SILENT = {
 @pytest.mark.parametrize("step", GROWN)
 def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
     """At three ranks. With a time-out of 5 seconds, where the scripts have 2 minutes."""
-    counts = "            self.global_step += 1\n"
-    pairs = [(counts, f"{counts}            {SILENT[what]}\n")]
+    pairs = [after_a_step(SILENT[what])]
     flags = [*FOREVER, "--timeout=5"]
     if step < "04":
         pairs.append(("timeout=timedelta(minutes=2),  #", "timeout=timedelta(seconds=5),  #"))
@@ -275,11 +247,12 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
         flags.remove("--timeout=5")
     root = planted(tmp_path / "root", step, *pairs)
     process = start([*command(step, 3, root), *flags], tmp_path)
+    ranks = []
     try:
-        wait_until(lambda: len(children(process.pid)) == 3, "three ranks")
-        ranks = children(process.pid)
+        wait_until(lambda: len(process.ranks()) == 3, f"three ranks\n{process.story}")
+        ranks = process.ranks()
     finally:
-        status, _, err = finish(process, 120)
+        status, _, err = finish(process)
     print(f"status {status}\n{err[-1500:]}")
     assert status == 1
     assert all(map(has_ended, ranks))

@@ -1,18 +1,15 @@
 """The mistakes that distributed training scripts make most: each must turn the comparison red."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, disagreements, train
+from helpers import GLOBAL_BATCH, GROWN, PROOF, disagreements, planted, train
 
 from common.mnist import load_mnist
 from common.models import build_model
-
-GROWN = [step for step in FOLDERS if step != "01"]
 
 # name: (line of train.py, what a wrong script has instead, what must be found to disagree)
 BUGS = {
@@ -39,12 +36,12 @@ BUGS = {
         "evaluation",
     ),
     "evaluation is rank 0's": ("dist.all_reduce(totals)", "pass", "evaluation"),
+    "no seed": ("torch.manual_seed(args.seed)", "pass", "weights"),
     "every rank trains on all the data": (
         "DistributedSampler(train_data,",
         "DistributedSampler(train_data, 1, 0,",
         "weights",
     ),
-    "no seed": ("torch.manual_seed(args.seed)", "pass", "weights"),
 }
 
 
@@ -53,29 +50,19 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     # All steps from 02 on have these lines alike: each bug is planted in one of them, in turn.
     step = GROWN[list(BUGS).index(bug) % len(GROWN)]
     right, wrong, symptom = BUGS[bug]
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    source = (ROOT / FOLDERS[step] / "train.py").read_text()
-    assert source.count(right) == 1, f"step {step} has no line to plant '{bug}' in"
-    (tmp_path / FOLDERS[step]).mkdir()
-    (tmp_path / FOLDERS[step] / "train.py").write_text(source.replace(right, wrong))
-    flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 3}"]
-    run = train(step, 3, tmp_path / "run", *flags, root=tmp_path)
+    root = planted(tmp_path, step, (right, wrong))
+    run = train(step, 3, tmp_path / "run", *PROOF, f"--batch-size={GLOBAL_BATCH // 3}", root=root)
     found = disagreements(run, proof("01"))
-    print(f"step {step}, {bug}: {found}")
+    print(f"step {step}, {bug}: {found}, and must be found in {symptom}")
     assert symptom in found
 
 
 @pytest.mark.parametrize("bug", [False, True])
 def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, bug):
     """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's."""
-    right, wrong = "dist.broadcast(buffer, src=0)", "pass"
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    source = (ROOT / FOLDERS["02"] / "train.py").read_text()
-    assert source.count(right) == 1
-    (tmp_path / FOLDERS["02"]).mkdir()
-    (tmp_path / FOLDERS["02"] / "train.py").write_text(source.replace(right, wrong) if bug else source)
+    root = planted(tmp_path, "02", *([("dist.broadcast(buffer, src=0)", "pass")] if bug else []))
     flags = ["--model=resnet18", "--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
-    run = train("02", 2, tmp_path / "run", *flags, root=tmp_path)
+    run = train("02", 2, tmp_path / "run", *flags, root=root)
     model = build_model(
         argparse.Namespace(model="resnet18", precision="float64", compile=False, vit_width=64, vit_depth=4)
     )
@@ -84,5 +71,5 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, bug):
     with torch.no_grad():
         loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
     difference = abs(loss - run.test["loss"])
-    print(f"test loss of the run {run.test['loss']:.6f}, of what it saved {loss:.6f}")
+    print(f"test loss of the run {run.test['loss']:.6f}, of what it saved {loss:.6f}, with the bug: {bug}")
     assert (difference > 1e-6) if bug else (difference < 1e-10)

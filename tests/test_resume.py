@@ -1,32 +1,45 @@
 """A run that is interrupted and started again ends where an uninterrupted one ends."""
 
-import os
-import re
-import select
 import shutil
-import signal
 import sys
-import time
 
 import pytest
-import torch
-from conftest import FOLDERS, ROOT, command, disagreements, finish, largest_difference, start, train
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    ROOT,
+    SHARDED,
+    after_a_step,
+    command,
+    disagreements,
+    errors,
+    finish,
+    kill,
+    largest_difference,
+    newest,
+    planted,
+    ranks_of,
+    start,
+    train,
+    wait_for_step,
+)
 
 from common.snapshot import snapshots
 
-# 19 steps of 24 images an epoch, snapshots at 10, 19, 20, 30 … 80, 90, 95; the last three stay.
-FLAGS = ["--num-samples=457", "--epochs=5", "--precision=float64", "--save-every=10"]
-SHARDED = "05"  # whose snapshots are folders
-LAUNCHES = [(step, 1 if step == "01" else 2) for step in FOLDERS]
+# 19 steps of 12 images an epoch, snapshots at 10, 19, 20, 30 … 80, 90, 95; the last three stay.
+FLAGS = ["--num-samples=233", "--epochs=5", "--precision=float64", "--save-every=10"]
+LAUNCHES = [(step, ranks_of(step)) for step in FOLDERS]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+@pytest.fixture
+def whole(once):
     """An uninterrupted run of each step."""
-    return {
-        step: train(step, ranks, tmp_path_factory.mktemp(step), *FLAGS, f"--batch-size={24 // ranks}")
-        for step, ranks in LAUNCHES
-    }
+
+    class Runs:
+        def __getitem__(self, step):
+            return once(step, ranks_of(step), *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks_of(step)}")
+
+    return Runs()
 
 
 def interrupted(whole, folder, step):
@@ -42,7 +55,7 @@ def interrupted(whole, folder, step):
 @pytest.mark.parametrize(("step", "ranks"), LAUNCHES)
 def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, step, ranks):
     interrupted(whole, tmp_path, step)
-    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
+    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}")
     difference = largest_difference(run.weights, whole[step].weights)
     print(f"{run.name}, resumed after step 80 of 95: {len(run.losses)} steps, weights {difference}")
     assert len(run.losses) == 15
@@ -55,7 +68,7 @@ def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, ste
 )
 def test_resumed_at_another_world_size(whole, tmp_path, step, before, ranks):
     interrupted(whole, tmp_path, before)
-    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={24 // ranks}")
+    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}")
     difference = largest_difference(run.weights, whole["01"].weights)
     losses = (run.losses - whole["01"].losses[80:]).abs().max().item()
     print(
@@ -76,7 +89,7 @@ def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
             status, out, err = finish(start(words, tmp_path))
             print(out, err)
             assert status == 0
-        run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={24 // ranks}")
+        run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={GLOBAL_BATCH // ranks}")
     run.name = "an epoch each of 01, 02, 03, 04 and 05"
     assert disagreements(run, whole["01"]) == []
 
@@ -92,7 +105,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
 
 def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path):
     interrupted(whole, tmp_path, "01")
-    run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", "--lr=0.5")
+    run = train("01", 1, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH}", "--lr=0.5")
     assert [group["lr"] for group in run.state["optimizer"]["param_groups"]] == [0.5]
 
 
@@ -107,14 +120,9 @@ FORGOTTEN = {
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
-    right, wrong = FORGOTTEN[forgotten]
-    source = (ROOT / "01_single_gpu" / "train.py").read_text()
-    assert source.count(right) == 1
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    (tmp_path / "01_single_gpu").mkdir()
-    (tmp_path / "01_single_gpu" / "train.py").write_text(source.replace(right, wrong))
+    planted(tmp_path, "01", FORGOTTEN[forgotten])
     interrupted(whole, tmp_path, "01")
-    run = train("01", 1, tmp_path, *FLAGS, "--batch-size=24", root=tmp_path)
+    run = train("01", 1, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH}", root=tmp_path)
     difference = largest_difference(run.weights, whole["01"].weights)
     print(f"without {forgotten}: {len(run.losses)} steps, weights {difference:.1e}")
     assert difference > 1e-10 or len(run.losses) != 15
@@ -122,74 +130,57 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
 
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
     """As on two machines of which only one has the snapshot."""
-    source = (ROOT / FOLDERS["03"] / "train.py").read_text()
-    right, wrong = "if state is None:", "if state is None or self.rank == 1:"
-    assert source.count(right) == 1
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    (tmp_path / FOLDERS["03"]).mkdir()
-    (tmp_path / FOLDERS["03"] / "train.py").write_text(source.replace(right, wrong))
+    planted(tmp_path, "03", ("if state is None:", "if state is None or self.rank == 1:"))
     interrupted(whole, tmp_path, "03")
-    flags = [*FLAGS, "--batch-size=12", "--snapshot-dir=snapshots"]
+    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots"]
     status, _, err = finish(start([*command("03", 2, tmp_path), *flags], tmp_path))
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    print(lines)
+    print(errors(err))
     assert status != 0
-    assert lines == [
+    assert errors(err) == [
         "error: the ranks do not start from the same place (data, epoch, images): "
-        "[('synthetic-457', 4, 96), ('synthetic-457', 0, 0)]"
+        "[('synthetic-233', 4, 48), ('synthetic-233', 0, 0)]"
     ]
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
     """A model with dropout, which the ones here do without, resumes bit for bit as well."""
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    shutil.copytree(ROOT / "01_single_gpu", tmp_path / "01_single_gpu")
-    models = tmp_path / "common" / "models.py"
-    assert models.read_text().count("nn.Flatten(),") == 1
-    models.write_text(models.read_text().replace("nn.Flatten(),", "nn.Flatten(),\n        nn.Dropout(),"))
-    uninterrupted = train("01", 1, tmp_path / "a", *FLAGS, "--batch-size=24", root=tmp_path)
+    dropout = ("nn.Flatten(),", "nn.Flatten(),\n        nn.Dropout(),")
+    planted(tmp_path, "common/models.py", dropout, steps=("01",))
+    uninterrupted = train("01", 1, tmp_path / "a", *FLAGS, f"--batch-size={GLOBAL_BATCH}", root=tmp_path)
     for last, steps in (("snapshot-00000080", 15), ("snapshot-00000090", 5)):
         interrupted({"01": uninterrupted}, tmp_path / last, "01")
         if last == "snapshot-00000090":
             shutil.copy(uninterrupted.snapshot_dir / f"{last}.pt", tmp_path / last / "snapshots")
-        run = train("01", 1, tmp_path / last, *FLAGS, "--batch-size=24", root=tmp_path)
+        run = train("01", 1, tmp_path / last, *FLAGS, f"--batch-size={GLOBAL_BATCH}", root=tmp_path)
         difference = largest_difference(run.weights, uninterrupted.weights)
         print(f"with dropout, resumed from {last}: weights {difference}")
         assert len(run.losses) == steps and difference == 0.0
 
 
-def read_until(process, pattern, seconds=120):
-    """Read a process's output up to the first match of `pattern`, and return the match."""
-    text, end = "", time.monotonic() + seconds
-    while time.monotonic() < end:
-        if select.select([process.stdout], [], [], 1)[0]:
-            new = os.read(process.stdout.fileno(), 65536).decode()
-            assert new, f"it ended without {pattern!r}:\n{text}"
-            text += new
-        if match := re.search(pattern, text):
-            return match
-    raise AssertionError(f"{pattern!r} did not come within {seconds} s:\n{text}")
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim):
-    """SIGKILL to one rank in the middle: torchrun starts both again, from the newest snapshot."""
-    words = command("03", 2)
+@pytest.mark.parametrize(
+    ("victim", "real"),
+    [(1, False), pytest.param(0, True, marks=pytest.mark.slow)],
+    ids=["rank 1", "rank 0, real torchrun"],
+)
+def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
+    """SIGKILL to one rank after step 30 of 95, while it waits: torchrun starts both again, from a snapshot."""
+    go = tmp_path / "go"
+    waits = f"if self.global_step == 32 and not os.path.exists({str(go)!r}): time.sleep(60)"
+    root = planted(tmp_path / "root", "03", after_a_step(waits))
+    words = command("03", 2, root)
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    flags = [*FLAGS, "--batch-size=12", "--snapshot-dir=snapshots", "--verbose", "--use-gpu=0"]
-    # The last --save-every counts. A snapshot at each step: whenever the kill comes, one is fresh.
-    process = start([*words, *flags, "--save-every=1"], tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--verbose", "--use-gpu=0"]
+    process = start([*words, *flags], tmp_path, real, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     try:
-        pid = int(read_until(process, rf"\[rank {victim}\].* pid (\d+)")[1])
-        end = time.monotonic() + 120
-        while not any(path.stem >= "snapshot-00000030" for path in snapshots(tmp_path / "snapshots")):
-            assert process.poll() is None and time.monotonic() < end, "it ended, or hangs, before the kill"
-            time.sleep(0.01)
-        os.kill(pid, signal.SIGKILL)
+        pid = int(process.wait_for(rf"\[rank {victim}\].* pid (\d+)")[1])
+        wait_for_step(process, tmp_path / "snapshots", 30)
+        go.touch()
+        kill([pid])
     finally:
         status, out, err = finish(process)
     print(f"rank {victim} killed; torchrun ended with {status}\n{out}")
     assert status == 0, err
-    assert "resumed from snapshots" in out
-    weights = torch.load(snapshots(tmp_path / "snapshots")[0], weights_only=True)["model"]
+    assert out.count("images a step") == 2, "both ranks are started again, once"
+    assert "resumed from snapshots: epoch 1, step 30\n" in out
+    weights = newest(tmp_path / "snapshots")["model"]
     assert largest_difference(weights, whole["03"].weights) == 0.0

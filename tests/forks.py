@@ -1,0 +1,293 @@
+"""Python programs that start at once: each is a fork of one process that has imported torch.
+
+Most of a short training run is `import torch`, two to four seconds in every process that takes part. Here one
+process, the server, imports it once, and a test that wants `python 01_single_gpu/train.py …` or `torchrun …` asks
+the server for a fork of itself, which then runs that script from its first line. The launchers are the real ones:
+torchrun's agent, mp.spawn, compare_steps.py; only where they would start another Python, they fork too, as
+`subprocess.Popen` is replaced by `Fork`. Process groups, stores, files, signals and exit statuses are real.
+
+A fork does not show what importing does (an import that is missing, threads counted at import) and not how an
+interpreter ends. Tests that are about these start a real process: `start(…, real=True)` in helpers.py.
+
+    python tests/forks.py serve SOCKET          the server; ends when its standard input does
+    python tests/forks.py run python …          a client: stands in for `python`, on the PATH of a test
+"""
+
+import array
+import atexit
+import contextlib
+import functools
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
+DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def with_default_signals() -> None:
+    """Undo what this process inherited: a shell lets a job in the background ignore Ctrl-C, children too."""
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in DEFAULTS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Fork(subprocess.Popen):  # type: ignore[type-arg]
+    """A Popen whose child, if it is to be a Python script or torchrun, is a fork of this process.
+
+    `preexec_fn` runs in the child when its files, folder and session are as asked for. Here it runs the script,
+    and never comes to exec.
+    """
+
+    def __init__(self, args: Any, *rest: Any, env: Any = None, **options: Any):
+        words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
+        if words[:1] == [sys.executable] and script_in(words):
+            options["preexec_fn"] = functools.partial(become, words, dict(os.environ if env is None else env))
+        super().__init__(args, *rest, env=env, **options)
+
+
+def script_in(words: list[str]) -> list[str]:
+    """The part of a `python …` command from the script on, `-m torch.distributed.run` included; or nothing."""
+    rest = [word for i, word in enumerate(words) if i and not (i == 1 and word == "-u")]
+    return rest if rest[:1] and (rest[0].endswith(".py") or rest[:2] == ["-m", "torch.distributed.run"]) else []
+
+
+def become(words: list[str], env: dict[str, str]) -> NoReturn:
+    """In a fork: be `python …`, to the end."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent reads from one of them until it is closed
+    with_default_signals()
+    gc.enable()  # which Popen has turned off
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent's temporary folders stay
+    os.environ.clear()
+    os.environ.update(env)
+    status = 1
+    try:
+        run(script_in(words))
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        if end.code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    with contextlib.suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status & 255)
+
+
+def run(words: list[str]) -> None:
+    import runpy
+
+    import torch
+    import torch.distributed.run
+
+    # What it was when torch was imported counts, otherwise.
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    if words[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = ["torchrun", *words[2:]]
+        torch.distributed.run.main()
+    else:
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def serve(path: str) -> None:
+    """Import torch, then fork for each client until standard input ends."""
+    sys.path.pop(0)  # the tests' folder
+    subprocess.Popen = Fork  # type: ignore[misc]
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.nn
+    import torch.distributed.run
+    import torch.multiprocessing
+    import torchvision.datasets
+    import torchvision.models  # noqa: F401
+
+    fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+    torch.multiprocessing.spawn = fork  # type: ignore[assignment]
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    gc.collect()
+    gc.freeze()  # what all forks share stays shared
+    wake, signalled = os.pipe2(os.O_NONBLOCK)
+    signal.set_wakeup_fd(signalled)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end this process, not a Ctrl-C for them
+    jobs: dict[socket.socket, Fork] = {}
+    selector = selectors.DefaultSelector()
+    for source in (listener, sys.stdin, wake):
+        selector.register(source, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                connection, _ = listener.accept()
+                if not (job := begin(connection)):
+                    continue  # it only wanted to know whether this server is there
+                jobs[connection] = job
+                connection.sendall(f"{jobs[connection].pid}\n".encode())
+                selector.register(connection, selectors.EVENT_READ)
+            elif key.fileobj is sys.stdin:
+                for job in jobs.values():
+                    job.kill()
+                return
+            elif key.fileobj == wake:
+                os.read(wake, 4096)
+            elif isinstance(key.fileobj, socket.socket) and key.fileobj in jobs:
+                jobs[key.fileobj].kill()  # its client is gone
+                selector.modify(key.fileobj, selectors.EVENT_WRITE)  # nothing more to read
+        for connection, job in list(jobs.items()):
+            if job.poll() is not None:
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{job.returncode}\n".encode())
+                selector.unregister(connection)
+                connection.close()
+                del jobs[connection]
+
+
+def begin(connection: socket.socket) -> Fork | None:
+    """Start what a client asks for: the length of the request with the client's three files, the request."""
+    head, files, _, _ = socket.recv_fds(connection, 8, 3)
+    if not head:
+        connection.close()
+        return None
+    size, content = int(head), b""
+    while len(content) < size:
+        content += connection.recv(size - len(content))
+    asked = json.loads(content)
+    streams = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
+    try:
+        return Fork(asked["words"], cwd=asked["cwd"], env=asked["env"], start_new_session=True, **streams)
+    finally:
+        for file in files:
+            os.close(file)
+
+
+class Job:
+    """A process that the server has started for this one; as much of Popen as the tests use."""
+
+    def __init__(self, words: list[str], cwd: Path, env: dict[str, str], files: list[int]):
+        self.args, self.returncode, self.answer = words, None, b""
+        self.socket = connect(os.environ[SOCKET])
+        asked = json.dumps({"words": words, "cwd": str(cwd), "env": env}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+        self.socket.sendmsg([f"{len(asked):8}".encode()], rights)
+        self.socket.sendall(asked)
+        while b"\n" not in self.answer:
+            self.read()
+        self.pid = int(self.answer.partition(b"\n")[0])
+
+    def read(self) -> None:
+        self.answer += (new := self.socket.recv(64))
+        if not new:
+            raise RuntimeError("the fork server has ended; its standard error, above, may say why")
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its status, as Popen gives it; raises TimeoutExpired."""
+        end = time.monotonic() + (timeout if timeout is not None else 10**6)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            while self.returncode is None and self.answer.count(b"\n") < 2:
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise TimeoutExpired(self.args, timeout or 0)
+                self.read()
+        if self.returncode is None:
+            self.returncode = int(self.answer.split()[1])
+            self.socket.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+TimeoutExpired = subprocess.TimeoutExpired
+
+
+def connect(path: str, seconds: float = 120) -> socket.socket:
+    """A connection to the server, which may still be importing."""
+    end = time.monotonic() + seconds
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            if time.monotonic() > end:
+                raise TimeoutError(f"the fork server does not answer at {path}") from None
+            time.sleep(0.05)
+
+
+def client(words: list[str]) -> NoReturn:
+    """Stand in for `python …` or `torchrun …`: the same output, signals and status."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    words = [*torchrun, *words[1:]] if words[0] == "torchrun" else [sys.executable, *words[1:]]
+    if not script_in(words):
+        os.execv(sys.executable, words)
+    job = Job(words, Path.cwd(), dict(os.environ), [0, 1, 2])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: job.send_signal(number))
+    status = job.wait()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[None]:
+    """A server for this process and the ones that it starts; in `folder`/bin, a `python` that uses it."""
+    (folder / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        program = folder / "bin" / name
+        program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -IS '{Path(__file__).resolve()}' run {name} \"$@\"\n")
+        program.chmod(0o755)
+    os.environ[SOCKET] = str(folder / "socket")
+    words = [sys.executable, __file__, "serve", os.environ[SOCKET]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, env=env, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.communicate()  # closes its standard input
+        del os.environ[SOCKET]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve(sys.argv[2])
+    else:
+        client(sys.argv[2:])

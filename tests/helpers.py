@@ -1,0 +1,376 @@
+"""What the tests share: start a step, wait for it, plant a bug in it, and say how two runs differ.
+
+A test that starts something gets a fork of a process that has imported torch (forks.py), unless it says
+`real=True`: then it is started as a user starts it. test_real_start.py does that for every step.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import forks
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from common.snapshot import read, snapshots, step_of  # noqa: E402
+
+FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
+GROWN = [step for step in FOLDERS if step != "01"]
+UNDER_TORCHRUN = [step for step in FOLDERS if step > "02"]
+SHARDED = "05"  # whose snapshots are folders
+
+# --- Start something, and wait for it
+
+
+def ranks_of(step: str) -> int:
+    """As many ranks as most tests start: one for step 01, two for the others."""
+    return 1 if step == "01" else 2
+
+
+def command(step: str, ranks: int, root: Path = ROOT) -> list[str]:
+    """The command that starts a step, without its flags."""
+    script = str(root / FOLDERS[step] / "train.py")
+    if step == "01":
+        return [sys.executable, script]
+    if step == "02":
+        return [sys.executable, script, f"--world-size={ranks}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*torchrun, script]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """CPUs and one thread, so that runs can be compared bit for bit; no proxy before a local server."""
+    fixed = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "no_proxy": "127.0.0.1",
+    }
+    return {**os.environ, **fixed, **extra}
+
+
+class Started:
+    """A command that runs, as the leader of its own session: what it has printed, and how it ends."""
+
+    def __init__(self, words: list[str], folder: Path, real: bool, env: dict[str, str]):
+        self.words = words
+        self.files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self.process: subprocess.Popen[bytes] | forks.Job
+        with open(os.devnull) as nothing:
+            out, err = self.files
+            if real:
+                self.process = subprocess.Popen(
+                    words, cwd=folder, env=env, stdin=nothing, stdout=out, stderr=err, start_new_session=True
+                )
+            else:
+                files = [nothing.fileno(), out.fileno(), err.fileno()]
+                self.process = forks.Job(words, folder, env, files)
+        self.pid = self.process.pid
+
+    def text(self, which: int) -> str:
+        file = self.files[which]
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+
+    @property
+    def out(self) -> str:
+        """All that it has printed so far."""
+        return self.text(0)
+
+    @property
+    def err(self) -> str:
+        """The same, of standard error."""
+        return self.text(1)
+
+    @property
+    def story(self) -> str:
+        """What to print when it did not do as it should."""
+        return f"$ {' '.join(self.words)}\n{self.out}\n{self.err}"
+
+    def ranks(self) -> list[int]:
+        """The process ids of the ranks; of step 01, which has no launcher, its own."""
+        return children(self.pid) or [self.pid]
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> re.Match[str]:
+        """Wait until its output has `pattern`, a regular expression; AssertionError if it ends before."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.out)):
+            assert self.poll() is None or re.search(pattern, self.out), (
+                f"it ended without '{pattern}'\n{self.story}"
+            )
+            assert time.monotonic() < end, f"no '{pattern}' within {seconds} s\n{self.story}"
+            time.sleep(0.01)
+        return match
+
+
+def start(words: list[str], folder: Path, real: bool = False, **extra: str) -> Started:
+    """Start a command in `folder`, with `extra` variables."""
+    return Started(words, folder, real, environment(**extra))
+
+
+def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
+    """Wait for a command; status, stdout and stderr. None of its processes is left behind."""
+    try:
+        status = process.process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        kill([*children(process.pid), process.pid])
+        process.process.wait(30)
+        raise AssertionError(f"it hung: no end within {timeout} s\n{process.story}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return status, process.out, process.err
+
+
+def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have, on Linux; without helpers."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found + [grandchild for child in found for grandchild in children(child)]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    """Wait for a condition; AssertionError with `what` in it when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+
+
+def wait_for_step(process: Started, folder: Path, step: int = 1) -> None:
+    """Wait until a run has saved step `step`, or a later one; AssertionError if it ends before."""
+
+    def there() -> bool:
+        assert process.poll() is None or last_saved(folder) >= step, (
+            f"it ended before it saved step {step}\n{process.story}"
+        )
+        return last_saved(folder) >= step
+
+    wait_until(there, f"a snapshot of step {step} in {folder}")
+
+
+def errors(text: str) -> list[str]:
+    """The lines that tell a user what to put right."""
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+# --- Plant a bug
+
+
+
+def after_a_step(code: str) -> tuple[str, str]:
+    """An edit of a train.py: run `code` whenever a step is done."""
+    counts = "            self.global_step += 1\n"
+    return counts, f"{counts}            {code}\n"
+
+
+def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ...] = ()) -> Path:
+    """A copy in `root` of `common` and a step, with other text in one of their files.
+
+    Args:
+        root: where the copy goes.
+        name: the step whose train.py is changed, such as "02", or a file such as "common/models.py".
+        edits: (what stands there, exactly once; what is to stand there instead).
+        steps: further steps to be copied.
+
+    Returns `root`.
+    """
+    script = f"{FOLDERS[name]}/train.py" if name in FOLDERS else name
+    folders = {"common", *(FOLDERS[step] for step in steps), Path(script).parts[0]}
+    for folder in sorted(folders):
+        if not (root / folder).exists():
+            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (root / script).read_text()
+    for right, wrong in edits:
+        assert source.count(right) == 1, f"{script} has this {source.count(right)} times: {right}"
+        source = source.replace(right, wrong)
+    (root / script).write_text(source)
+    return root
+
+
+def traced(root: Path) -> Path:
+    """Let the data in `root` write down each batch that it hands out; `drawn` reads that."""
+    draws = "rows = torch.tensor(indices, dtype=torch.int64)"
+    writes = "print('drew', len(self), *indices, file=open(f'drawn-{os.getpid()}', 'a'))"
+    return planted(root, "common/mnist.py", (draws, f"{draws}\n        {writes}"))
+
+
+def drawn(folder: Path, size: int) -> list[list[list[int]]]:
+    """For each process of a `traced` run in `folder`: the batches drawn from the data set of `size` images."""
+    processes = []
+    for file in sorted(folder.glob("drawn-*")):
+        lines = [list(map(int, line.split()[1:])) for line in file.read_text().splitlines()]
+        processes.append([indices for length, *indices in lines if length == size])
+    return processes
+
+
+def load(script: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- What a run leaves, and how two runs differ
+
+
+def saved(folder: Path) -> list[int]:
+    """The steps of all snapshots in `folder`, newest first, of whichever kind."""
+    found = [*snapshots(folder), *snapshots(folder, sharded=True)]
+    return sorted(map(step_of, found), reverse=True)
+
+
+def last_saved(folder: Path) -> int:
+    """The step of the newest snapshot in `folder`; 0 without one."""
+    return max(saved(folder), default=0)
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
+    path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
+    if path.is_file():
+        return dict(torch.load(path, weights_only=True))
+    return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(path, read(path)[0]))
+
+
+@dataclass
+class Run:
+    """A finished training run."""
+
+    name: str
+    out: str
+    err: str
+    events: list[dict[str, Any]]
+    snapshot_dir: Path
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """The global loss of every step, float64."""
+        parts = [event["losses"] for event in self.events if event["event"] == "train"]
+        return torch.tensor([loss for part in parts for loss in part], dtype=torch.float64)
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """The last evaluation."""
+        return [event for event in self.events if event["event"] == "eval"][-1]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The newest snapshot's, as steps 01 to 04 save it."""
+        return newest(self.snapshot_dir)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.state["model"]
+
+
+def train(
+    step: str, ranks: int, folder: Path, *flags: str, root: Path = ROOT, real: bool = False, **extra: str
+) -> Run:
+    """Run a step to its end in `folder`, with its snapshots in `folder/snapshots`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl", "--use-gpu=0"]
+    process = start([*command(step, ranks, root), *own, *flags], folder, real, **extra)
+    status, out, err = finish(process)
+    assert status == 0, f"ended with status {status}, not 0\n{process.story}"
+    # torch says so when a process leaves without it.
+    assert "destroy_process_group" not in err, f"left without destroying the process group\n{process.story}"
+    return read_run(f"step {step} at {ranks} ranks", folder, out, err)
+
+
+def read_run(name: str, folder: Path, out: str = "", err: str = "") -> Run:
+    """What a run has left in `folder`: `metrics.jsonl` and `snapshots`."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(name, out, err, events, folder / "snapshots")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Between two states with the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def states_equal(a: Any, b: Any) -> bool:
+    """Whether two states hold the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return bool(a == b)
+
+
+def disagreements(run: Run, reference: Run, tolerance: float = 1e-10) -> list[str]:
+    """What two float64 runs of the same training do not agree in; prints what it compares.
+
+    1e-10: reordered sums differ by 1e-16 a step, and AdamW's division by the root of tiny second
+    moments makes up to 1e-11 of it in 100 steps. A wrong gradient is seen at 1e-4 and more.
+    """
+    weights = largest_difference(run.weights, reference.weights)
+    steps = min(len(run.losses), len(reference.losses))
+    losses = (run.losses[:steps] - reference.losses[:steps]).abs().max().item()
+    tests = [(one.test["correct"], one.test["total"]) for one in (run, reference)]
+    print(
+        f"{run.name}, {len(run.losses)} steps, against {reference.name}, {len(reference.losses)} steps: "
+        f"weights {weights:.1e}, losses {losses:.1e} (at most {tolerance}), "
+        f"right {tests[0][0]} of {tests[0][1]} and {tests[1][0]} of {tests[1][1]}"
+    )
+    found = []
+    if len(run.losses) != len(reference.losses):
+        found.append("steps")
+    if not weights <= tolerance:
+        found.append("weights")
+    if not losses <= tolerance:
+        found.append("losses")
+    if tests[0] != tests[1] or abs(run.test["loss"] - reference.test["loss"]) > tolerance:
+        found.append("evaluation")
+    return found
+
+
+# 12 divides by 1, 2 and 3, but neither 647 images do nor the 107 test images that come with them:
+# every tail is ragged. 53 steps an epoch, and the second one shuffles anew: 106 in all.
+GLOBAL_BATCH = 12
+PROOF = ["--num-samples=647", "--epochs=2", "--precision=float64"]
