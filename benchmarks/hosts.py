@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACES = ["--net", "--uts", "--mount", "--pid"]
-WHY = "needs root, and the commands unshare, nsenter (util-linux) and ip (iproute2): sudo make test"
+WHY = "needs root, and the commands unshare, nsenter (util-linux) and ip (iproute2): sudo make test-all"
 
 
 def possible() -> bool:

@@ -55,7 +55,8 @@ class Fork(subprocess.Popen):  # type: ignore[type-arg]
 
     def __init__(self, args: Any, *rest: Any, env: Any = None, **options: Any):
         words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
-        if words[:1] == [sys.executable] and script_in(words):
+        # torch.compile's workers get files to talk through, and are no scripts of ours.
+        if words[:1] == [sys.executable] and script_in(words) and not options.get("pass_fds"):
             options["preexec_fn"] = functools.partial(become, words, dict(os.environ if env is None else env))
         super().__init__(args, *rest, env=env, **options)
 

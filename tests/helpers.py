@@ -74,7 +74,7 @@ class Started:
         self.process: subprocess.Popen[bytes] | forks.Job
         with open(os.devnull) as nothing:
             out, err = self.files
-            if real:
+            if real or words[0] != sys.executable:
                 self.process = subprocess.Popen(
                     words, cwd=folder, env=env, stdin=nothing, stdout=out, stderr=err, start_new_session=True
                 )
@@ -122,6 +122,12 @@ class Started:
             assert time.monotonic() < end, f"no '{pattern}' within {seconds} s\n{self.story}"
             time.sleep(0.01)
         return match
+
+
+def paths(real: bool = False) -> str:
+    """A PATH whose first `python` and `torchrun` make forks, or are those of the environment of the tests."""
+    first = Path(sys.executable).parent if real else Path(os.environ[forks.SOCKET]).parent / "bin"
+    return f"{first}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def start(words: list[str], folder: Path, real: bool = False, **extra: str) -> Started:
@@ -202,6 +208,15 @@ def after_a_step(code: str) -> tuple[str, str]:
     """An edit of a train.py: run `code` whenever a step is done."""
     counts = "            self.global_step += 1\n"
     return counts, f"{counts}            {code}\n"
+
+
+def pause(step: int, until: Path) -> tuple[str, str]:
+    """An edit of a train.py: behind step `step`, wait until the file `until` is there, a minute at most.
+
+    So that a run is not over when a test comes to interrupt it.
+    """
+    waiting = f"self.global_step == {step} and not os.path.exists({str(until)!r})"
+    return after_a_step(f"[time.sleep(0.01) for _ in range(6000) if {waiting}]")
 
 
 def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ...] = ()) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import http.server
 import json
 import struct
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from helpers import ROOT, finish, start
 from torch.utils.data import DataLoader
 
 from common import mnist
@@ -89,11 +88,11 @@ def mirror(packed):
     server.server_close()
 
 
-# What a process does that starts on an empty data folder: torchvision's mirrors are the local
-# server, and nobody begins before all have imported what they need.
+# What a process does that starts on an empty data folder: torchvision's mirrors are the local server.
 PROCESS = """
 import json, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[4])
 import torchvision.datasets
 from common import mnist
 
@@ -101,8 +100,6 @@ mirror, md5 = sys.argv[2], json.loads(sys.argv[3])
 torchvision.datasets.MNIST.mirrors = [mirror]
 torchvision.datasets.MNIST.resources = list(md5.items())
 mnist.FALLBACK = 600
-print("ready", flush=True)
-sys.stdin.readline()
 print("asking", flush=True)
 train, test = mnist.load_mnist(Path(sys.argv[1]))
 print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
@@ -113,26 +110,17 @@ def at_once(count, folder, mirror, packed):
     """Start `count` processes together on `folder`; status, output and stderr of each."""
     url = f"http://127.0.0.1:{mirror.server_address[1]}/"
     md5 = json.dumps({name: hashlib.md5(content).hexdigest() for name, content in packed.items()})
-    words = [sys.executable, "-c", PROCESS, str(folder), url, md5]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    processes = [
-        subprocess.Popen(words, text=True, cwd=ROOT, env=environment(PYTHONPATH="."), **pipes)
-        for _ in range(count)
-    ]
+    script = folder.parent / "process.py"
+    script.write_text(PROCESS)
+    words = [sys.executable, str(script), str(folder), url, md5, str(ROOT)]
+    processes = [start(words, folder.parent) for _ in range(count)]
     for process in processes:
-        assert process.stdout.readline() == "ready\n", process.communicate()
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        assert process.stdout.readline() == "asking\n"
+        process.wait_for("asking\n")
     mirror.go.set()  # the first to ask was kept waiting until the others wait for it
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        results.append((process.returncode, out, err))
-        print(process.returncode, out, err[-300:])
-    return results
+    results = [finish(process) for process in processes]
+    for status, out, err in results:
+        print(status, out, err[-300:])
+    return [(status, out.removeprefix("asking\n"), err) for status, out, err in results]
 
 
 def test_three_processes_download_once(tmp_path, mirror, packed):
@@ -174,21 +162,22 @@ def test_an_unusable_folder_gives_every_process_the_same_line(tmp_path, mirror, 
 
 
 def test_offline_says_so_at_the_start_and_in_the_last_line(tmp_path):
-    process = f"""
+    script = tmp_path / "offline.py"
+    script.write_text(f"""
 import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
 import torchvision.datasets
 from common import mnist
 torchvision.datasets.MNIST.mirrors = ["http://127.0.0.1:1/"]  # nobody listens there
 mnist.FALLBACK = 640
-sys.argv = ["train.py", "--epochs=1", "--data-dir={tmp_path}/data", "--snapshot-dir={tmp_path}/snapshots"]
-runpy.run_path("01_single_gpu/train.py", run_name="__main__")
-"""
-    words = [sys.executable, "-c", process]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(PYTHONPATH="."))
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0
-    assert "01_single_gpu: cnn on synthetic-640" in done.stdout
-    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+sys.argv = ["train.py", "--epochs=1", "--data-dir=data", "--snapshot-dir=snapshots"]
+runpy.run_path({str(ROOT / "01_single_gpu" / "train.py")!r}, run_name="__main__")
+""")
+    status, out, err = finish(start([sys.executable, str(script)], tmp_path))
+    print(out, err)
+    assert status == 0
+    assert "01_single_gpu: cnn on synthetic-640" in out
+    first, last = err.splitlines()[0], err.splitlines()[-1]
     assert first == last
     assert first.startswith("warning: MNIST could not be downloaded (") and "Connection refused" in first
 

@@ -7,7 +7,7 @@ import kubernetes_validate
 import pytest
 import torch
 import yaml
-from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference
+from helpers import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference
 
 from benchmarks.hosts import WHY, network, possible
 from common.snapshot import snapshots
@@ -51,6 +51,7 @@ def test_names_fit_together():
     assert f"--rdzv-endpoint={endpoint} " in script
 
 
+@pytest.mark.root
 @pytest.mark.skipif(not possible(), reason=WHY)
 def test_its_command_trains_on_two_hosts(tmp_path, proof):
     container = JOB["spec"]["template"]["spec"]["containers"][0]

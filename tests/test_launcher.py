@@ -1,26 +1,43 @@
 """launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running."""
 
+import contextlib
 import os
+import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GLOBAL_BATCH, PROOF, ROOT, environment, finish, largest_difference, read_run, start
+from helpers import (
+    GLOBAL_BATCH,
+    PROOF,
+    ROOT,
+    environment,
+    finish,
+    kill,
+    largest_difference,
+    last_saved,
+    newest,
+    paths,
+    read_run,
+    start,
+    wait_for_step,
+    wait_until,
+)
 
 from benchmarks.hosts import WHY, commands_for, network, possible
 from common.snapshot import snapshots
 
 SCRIPT = str(ROOT / "launch_multinode.sh")
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def run(*words: str, **extra: str) -> tuple[int, str, str]:
-    status, out, err = finish(start([SCRIPT, *words], ROOT, PATH=PATH, **extra))
+def run(*words: str, real: bool = False) -> tuple[int, str, str]:
+    status, out, err = finish(start([SCRIPT, *words], ROOT, PATH=paths(real)))
     print(f"$ launch_multinode.sh {' '.join(words)}\n{out}{err}")
     return status, out, err
 
@@ -132,11 +149,17 @@ def test_without_hosts_it_says_whose_names_these_are():
     assert status == 0 and out.startswith("# For two nodes called node1 and node2. Name yours: ")
 
 
-FLAGS = ["--num-samples=1291", f"--batch-size={GLOBAL_BATCH // 2}", "--use-gpu=0"]
-
-
 def training(folder: Path) -> list[str]:
-    return [*FLAGS, f"--snapshot-dir={folder}/snapshots", f"--metrics={folder}/metrics.jsonl"]
+    flags = ["--num-samples=647", f"--batch-size={GLOBAL_BATCH // 2}", "--use-gpu=0"]
+    return [*flags, f"--snapshot-dir={folder}/snapshots", f"--metrics={folder}/metrics.jsonl"]
+
+
+def free_port() -> int:
+    """A free port below those that the system gives to connections; torchrun's --master-port takes no 0."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("none of 100 ports is free")
 
 
 def marked(folder: Path) -> list[str]:
@@ -145,67 +168,93 @@ def marked(folder: Path) -> list[str]:
     return [line for line in out.splitlines() if str(folder) in line]
 
 
-def wait_for_snapshot(folder: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 90
-    while not snapshots(folder):
-        assert process.poll() is None and time.monotonic() < end, "no snapshot appears"
-        time.sleep(0.02)
-
-
-def test_local_nodes_train(tmp_path):
-    status, out, err = run("--local=2", "--nproc-per-node=1", "--", *training(tmp_path), "--epochs=1")
+def test_local_nodes_train(proof, tmp_path):
+    """Two nodes are two torchruns that meet on a port; together they do what step 03 does, to the last bit."""
+    own = training(tmp_path)[2:]
+    status, out, err = run("--local=2", "--nproc-per-node=1", "--", *PROOF, "--batch-size=6", *own)
     assert status == 0 and err == ""
     assert "[node 0] done: " in out and all(line.startswith("[node ") for line in out.splitlines())
-    assert len(read_run("", tmp_path).losses) == 53
+    difference = largest_difference(newest(tmp_path / "snapshots")["model"], proof("03", 2).weights)
+    losses = read_run("", tmp_path).losses
+    print(f"two nodes on this machine against step 03 at two ranks: {difference} (must be 0.0)")
+    assert difference == 0.0 and torch.equal(losses, proof("03", 2).losses)
+
+
+@pytest.mark.parametrize("lost", ["node 0's disk", "node 1's disk", "neither"])
+def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
+    """Two ranks on each of two torchruns, no root needed: one rank of each saves, and one copy is enough."""
+
+    def both(*flags: str) -> list[str]:
+        nodes = []
+        port = free_port()
+        for node in range(2):
+            rendezvous = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+            words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", *rendezvous]
+            own = [f"--snapshot-dir=disk-{node}", f"--metrics=metrics-{node}.jsonl", "--use-gpu=0", "--verbose"]
+            script = str(ROOT / "04_multinode" / "train.py")
+            nodes.append(start([*words, script, *PROOF, f"--batch-size={GLOBAL_BATCH // 4}", *own, *flags], tmp_path))
+        ends = [finish(node) for node in nodes]
+        assert [status for status, _, _ in ends] == [0, 0], "\n".join(node.story for node in nodes)
+        return [out for _, out, _ in ends]
+
+    outs = both("--epochs=1")
+    savers = [re.findall(r"\[rank (\d)\] saved ", out) for out in outs]
+    print(f"saved by ranks {savers}")
+    assert savers == [["0"], ["2"]]
+    if lost != "neither":
+        shutil.rmtree(tmp_path / f"disk-{lost[5]}")
+    outs = both()
+    assert "step 53\n" in outs[0]
+    weights = [newest(tmp_path / f"disk-{node}")["model"] for node in range(2)]
+    assert largest_difference(*weights) == 0.0
+    difference = largest_difference(weights[0], proof("01").weights)
+    print(f"after an epoch, without {lost}, against step 01: {difference:.1e} (<= 1e-10)")
+    assert difference <= 1e-10  # as in disagreements()
 
 
 @pytest.mark.parametrize(
-    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=str
+    ("number", "expected"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
+    """With real processes throughout: they are looked for by what stands on their command lines."""
     flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
-    process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=PATH)
+    process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=paths(real=True))
     try:
-        wait_for_snapshot(tmp_path / "snapshots", process)
+        wait_for_step(process, tmp_path / "snapshots")
         os.kill(process.pid, number)
-        out, err = process.communicate(timeout=60)  # until the last of its processes lets go of its output
+        process.process.wait(60)
+        wait_until(lambda: not marked(tmp_path), f"the end of all: {marked(tmp_path)}", 45)
     finally:
-        finish(process, timeout=30)
+        kill([int(line.split()[0]) for line in marked(tmp_path)])
+        status, out, err = finish(process)
     print(out, err)
-    end = time.monotonic() + 20
-    while marked(tmp_path) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert marked(tmp_path) == []
-    assert process.returncode == expected
+    assert status == expected
     if number != signal.SIGKILL:
         assert "SIGTERM: saved at step" in out and "stopping all nodes" in err
 
 
+@pytest.mark.slow
 def test_a_node_that_fails_stops_the_others(tmp_path):
-    process = start(
-        [
-            SCRIPT,
-            "--local=2",
-            "--nproc-per-node=1",
-            "--",
-            *training(tmp_path),
-            "--epochs=1000",
-            "--save-every=5",
-        ],
-        ROOT,
-        PATH=PATH,
-    )
+    flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
+    process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=paths(real=True))
     try:
-        wait_for_snapshot(tmp_path / "snapshots", process)
+        wait_for_step(process, tmp_path / "snapshots")
         victim = next(line for line in marked(tmp_path) if "--node-rank=1" in line and "bash -c" not in line)
-        os.kill(int(victim.split()[0]), signal.SIGKILL)
-        out, err = process.communicate(timeout=60)
+        kill([int(victim.split()[0])])
     finally:
-        finish(process, timeout=30)
+        status, out, err = finish(process)
+        left = marked(tmp_path)
+        kill([int(line.split()[0]) for line in left])
     print(out, err)
-    assert process.returncode != 0
+    assert status != 0
     assert "stopping all nodes" in err
-    assert marked(tmp_path) == []
+    assert left == []
 
 
 needs_ssh = pytest.mark.skipif(
@@ -235,7 +284,7 @@ def net(tmp_path):
 
 def launcher(net, mode, *words):
     """Start the launcher on the third host."""
-    setup = f"export PATH={PATH}; export CUDA_VISIBLE_DEVICES="
+    setup = f"export PATH={paths(real=True)}; export CUDA_VISIBLE_DEVICES="
     line = [
         SCRIPT,
         mode,
@@ -248,6 +297,7 @@ def launcher(net, mode, *words):
     return net.hosts[2].start("exec " + " ".join(f"'{word}'" for word in line), **environment())
 
 
+@pytest.mark.root
 @needs_ssh
 def test_check_finds_two_nodes_ready(net):
     (net.folder / "data" / "MNIST" / "raw").mkdir(parents=True)
@@ -264,6 +314,7 @@ def test_check_finds_two_nodes_ready(net):
         assert rows[name].split()[-3:] == [port, "eth0", "mnist"]
 
 
+@pytest.mark.root
 @needs_ssh
 def test_check_says_how_to_mend_what_is_wrong(net, tmp_path):
     first, second, _ = net.hosts
@@ -293,6 +344,7 @@ def test_check_says_how_to_mend_what_is_wrong(net, tmp_path):
         assert fix in out, fix
 
 
+@pytest.mark.root
 @needs_ssh
 def test_run_trains_on_both_nodes(net, proof):
     flags = [*PROOF, f"--batch-size={GLOBAL_BATCH // 2}", *training(net.disk)[2:]]
@@ -308,12 +360,13 @@ def test_run_trains_on_both_nodes(net, proof):
         assert difference == 0.0
 
 
+@pytest.mark.root
 @needs_ssh
 @pytest.mark.parametrize("how", ["Ctrl-C", "a node fails"])
 def test_run_stops_all_nodes_and_leaves_nothing(net, how):
     process = launcher(net, "--run", "--", *training(net.disk), "--epochs=1000", "--save-every=5")
     try:
-        wait_for_snapshot(net.hosts[1].disk / "snapshots", process)
+        wait_until(lambda: last_saved(net.hosts[1].disk / "snapshots"), "a snapshot on node2")
         if how == "Ctrl-C":
             net.hosts[2].run("pkill -INT -o -f launch_multinode.sh")
         else:

@@ -4,16 +4,19 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     GLOBAL_BATCH,
     PROOF,
     ROOT,
     disagreements,
     environment,
     largest_difference,
+    pause,
+    planted,
     read_run,
     train,
 )
@@ -21,7 +24,7 @@ from conftest import (
 from benchmarks.hosts import WHY, Host, Network, commands_for, network, possible
 from common.snapshot import snapshots
 
-pytestmark = pytest.mark.skipif(not possible(), reason=WHY)
+pytestmark = [pytest.mark.root, pytest.mark.skipif(not possible(), reason=WHY)]
 
 STEPS = 106
 # Nodes that go away are missed sooner than by default; less than this takes a slow node for a dead one.
@@ -41,14 +44,19 @@ def slow_net(tmp_path):
 
 
 def printed(
-    net: Network, options: list[str], *flags: str, hosts: list[Host] | None = None, ranks: int = 1
+    net: Network,
+    options: list[str],
+    *flags: str,
+    hosts: list[Host] | None = None,
+    ranks: int = 1,
+    root: Path = ROOT,
 ) -> dict[Host, str]:
     """What `launch_multinode.sh` prints for each host, to start as many ranks there."""
     hosts = hosts or net.hosts
     options = [*options, f"--nproc-per-node={ranks}"]
     batch = f"--batch-size={GLOBAL_BATCH // ranks // len(hosts)}"
     own = [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl", "--use-gpu=0"]
-    commands = commands_for([host.name for host in hosts], *options, "--", *PROOF, batch, *own, *flags)
+    commands = commands_for([host.name for host in hosts], *options, "--", *PROOF, batch, *own, *flags, root=root)
     return {host: commands[host.name] for host in hosts}
 
 
@@ -56,6 +64,14 @@ def launch(net: Network, options: list[str], *flags: str, **kwargs) -> dict[Host
     """Type what is printed for each host there."""
     commands = printed(net, options, *flags, **kwargs)
     return {host: host.start(command, **environment()) for host, command in commands.items()}
+
+
+def pausing(net: Network, folder: Path) -> tuple[Path, Path]:
+    """A copy of the project in which step 04 waits, behind step 25, for a file; the copy and that file."""
+    go = net.folder / "go"
+    root = planted(folder, "04", pause(25, go))
+    shutil.copy(ROOT / "launch_multinode.sh", root)
+    return root, go
 
 
 def ended(host: Host, process: subprocess.Popen[str], timeout: int = 120) -> tuple[int, str]:
@@ -106,12 +122,14 @@ def test_two_hosts_do_exactly_what_step_03_does(net, proof, options, ranks):
     assert disagreements(run, proof("01")) == []
 
 
-def test_stopped_on_one_host_and_resumed_without_a_shared_disk(net, proof):
+def test_stopped_on_one_host_and_resumed_without_a_shared_disk(net, proof, tmp_path):
     """SIGTERM to node2's torchrun alone: all ranks save after the same step. Then node1's disk is lost."""
     first, second = net.hosts
-    running = launch(net, [], "--save-every=1")
+    root, go = pausing(net, tmp_path / "root")
+    running = launch(net, [], "--save-every=1", root=root)
     wait_for_step(second, 20)
     second.run("pkill -TERM -f torchrun")
+    go.touch()
     assert [status for status, _ in all_ended(running)] == [1, 1]
     stopped = newest(first)
     print(f"stopped after step {stopped}")
@@ -139,11 +157,13 @@ def test_one_rank_saves_on_each_disk(net, shared):
     assert not list(first.disk.glob("snapshots/.*"))
 
 
-def test_a_rank_dies_and_all_are_started_again(net, proof):
+def test_a_rank_dies_and_all_are_started_again(net, proof, tmp_path):
     second = net.hosts[1]
-    running = launch(net, ["--elastic=2:2"], "--save-every=1")
+    root, go = pausing(net, tmp_path / "root")
+    running = launch(net, ["--elastic=2:2"], "--save-every=1", root=root)
     wait_for_step(second, 20)
     second.run("pkill -KILL -f -- '-u 04_multinode/train.py'")
+    go.touch()
     (status, out), (other_status, _) = all_ended(running)
     assert (status, other_status) == (0, 0) and "resumed from" in out
     for host in net.hosts:
@@ -153,8 +173,9 @@ def test_a_rank_dies_and_all_are_started_again(net, proof):
 
 
 def test_a_node_dies_and_comes_back(net):
+    """Two thousand epochs would take half an hour: the run is never over before it is stopped."""
     first, second = net.hosts
-    commands = printed(net, ELASTIC, "--save-every=1", "--epochs=1000")
+    commands = printed(net, ELASTIC, "--save-every=1", "--epochs=2000")
     running = {host: host.start(command, **environment()) for host, command in commands.items()}
     wait_for_step(second, 20)
     second.kill_all()
@@ -177,12 +198,14 @@ def test_a_node_dies_and_comes_back(net):
     assert largest_difference(weights(first), weights(second)) == 0.0
 
 
-def test_the_first_node_dies(net, proof):
+def test_the_first_node_dies(net, proof, tmp_path):
     """The others stop at once; started again with another first node they go on from their own disks."""
     first, second = net.hosts
-    running = launch(net, ELASTIC, "--save-every=1")
+    root, go = pausing(net, tmp_path / "root")
+    running = launch(net, ELASTIC, "--save-every=1", root=root)
     wait_for_step(second, 20)
     first.kill_all()
+    go.touch()
     status, out = ended(second, running[second], timeout=60)
     assert status == 1 and "RendezvousConnectionError" in out
     stopped = newest(second)
@@ -273,5 +296,5 @@ def test_nodes_that_differ_are_told_what_in(net, tmp_path):
         print(lines)
         assert status == 1 and "exitcode  : 2" in out and len(lines) == 1
         assert lines[0].startswith("error: rank 1 on node2 has --lr 0.01, rank 0 on node1 has 0.001; ")
-        for what in ("code", "data synthetic-1291"):
+        for what in ("code", "data synthetic-647"):
             assert f"rank 1 on node2 has {what} " in lines[0]

@@ -1,41 +1,19 @@
-"""Flags: answered at once, one line when wrong, exit status 2."""
+"""Flags: what they do on every step, and that errors and warnings come once."""
 
 import shlex
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import FOLDERS, ROOT, command, environment, finish, start, train
-
-SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
+from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
 
-QUICK = [(script, "--help", 0) for script in [*SCRIPTS, ROOT / "compare_steps.py"]]
-QUICK += [(script, flag, 2) for script in SCRIPTS for flag in ("--no-such-flag", "--epochs=0")]
-
-
-@pytest.mark.parametrize(
-    ("script", "flag", "status"), QUICK, ids=lambda x: getattr(x, "parent", Path(str(x))).name
-)
-def test_help_and_bad_flags_are_answered_without_torch(script, flag, status):
-    words = [sys.executable, "-X", "importtime", str(script), flag]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line]
-    print(f"{script.parent.name} {flag}: status {done.returncode}, {len(imported)} modules")
-    assert done.returncode == status
-    assert len(imported) > 20 and "torch" not in imported
-
-
-@pytest.mark.parametrize("step", [step for step in FOLDERS if step != "01"])
+@pytest.mark.parametrize("step", GROWN)
 def test_several_ranks_print_an_error_once(tmp_path, step):
     flags = ["--num-samples=1", "--batch-size=1", "--use-gpu=0"]
     status, _, err = finish(start([*command(step, 2), *flags], tmp_path))
     print(err)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status != 0
-    assert lines == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
+    assert errors(err) == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
     if step == "02":  # torchrun has its own status and report
         assert status == 2 and "Traceback" not in err
 
@@ -92,7 +70,10 @@ def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
         assert "done: 128 images" in out
 
 
-@pytest.mark.parametrize(("step", "flags"), [("02", ["--precision=bf16"]), ("03", ["--compile"])])
+@pytest.mark.parametrize(
+    ("step", "flags"),
+    [("02", ["--precision=bf16"]), pytest.param("03", ["--compile"], marks=pytest.mark.slow)],
+)
 def test_bf16_and_compile_train(tmp_path, step, flags):
     run = train(step, 2, tmp_path, "--num-samples=512", "--batch-size=16", "--epochs=2", *flags)
     first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
@@ -101,47 +82,3 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
     # Summed in float32 or more: a sum in bf16 has eight bits, and 85 images would make a round number.
     assert run.test["loss"] * 85 % 0.25 != 0
     assert not any("_orig_mod" in name or name.startswith("module.") for name in run.weights)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc: Linux only")
-@pytest.mark.parametrize(
-    ("step", "case"),
-    [
-        ("02", "as it is"),
-        ("02", "ends in an exception"),
-        ("02", "without the early import"),
-        ("04", "as it is"),
-        ("04", "ends in an exception"),
-        ("05", "as it is"),
-        ("05", "ends in an exception"),
-        ("05", "with the mesh's groups"),
-    ],
-)
-def test_no_thread_of_gloo_outlives_the_process_group(tmp_path, step, case):
-    """One that does aborts the process at exit, in a few of a hundred runs."""
-    edits = {"        cleanup()\n": "        cleanup()\n        print('threads', threads(), flush=True)\n"}
-    if case == "ends in an exception":
-        edits["        self.load_snapshot()\n"] = (
-            "        self.load_snapshot()\n        raise ZeroDivisionError\n"
-        )
-    elif case == "without the early import":
-        edits["import torch.distributed.nn "] = "# "
-    elif case == "with the mesh's groups":
-        edits["mesh._pg_registry.clear()"] = "pass"
-    source = (ROOT / FOLDERS[step] / "train.py").read_text()
-    for right, wrong in edits.items():
-        assert source.count(right) == 1, right
-        source = source.replace(right, wrong)
-    threads = (
-        "def threads():\n    return [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]"
-    )
-    source = source.replace("class Trainer:", f"{threads}\n\n\nclass Trainer:")
-    shutil.copytree(ROOT / "common", tmp_path / "common")
-    (tmp_path / FOLDERS[step]).mkdir()
-    (tmp_path / FOLDERS[step] / "train.py").write_text(source)
-    flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
-    _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path))
-    lines = [line for line in out.splitlines() if line.startswith("threads")]
-    print(case, lines, err[-300:])
-    assert lines
-    assert any("gloo" in line for line in lines) == case.startswith("with")

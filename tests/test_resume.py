@@ -9,7 +9,6 @@ from helpers import (
     GLOBAL_BATCH,
     ROOT,
     SHARDED,
-    after_a_step,
     command,
     disagreements,
     errors,
@@ -17,6 +16,7 @@ from helpers import (
     kill,
     largest_difference,
     newest,
+    pause,
     planted,
     ranks_of,
     start,
@@ -165,8 +165,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
 def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
     """SIGKILL to one rank after step 30 of 95, while it waits: torchrun starts both again, from a snapshot."""
     go = tmp_path / "go"
-    waits = f"if self.global_step == 32 and not os.path.exists({str(go)!r}): time.sleep(60)"
-    root = planted(tmp_path / "root", "03", after_a_step(waits))
+    root = planted(tmp_path / "root", "03", pause(32, go))
     words = command("03", 2, root)
     words.insert(words.index("--standalone"), "--max-restarts=3")
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--verbose", "--use-gpu=0"]
@@ -174,8 +173,8 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
     try:
         pid = int(process.wait_for(rf"\[rank {victim}\].* pid (\d+)")[1])
         wait_for_step(process, tmp_path / "snapshots", 30)
-        go.touch()
         kill([pid])
+        go.touch()
     finally:
         status, out, err = finish(process)
     print(f"rank {victim} killed; torchrun ended with {status}\n{out}")

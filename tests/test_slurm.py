@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference, read_run
+from helpers import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference, pause, planted, read_run
 
 from benchmarks.hosts import WHY, network, possible
 from common.snapshot import snapshots
 
 NEEDED = ["slurmctld", "slurmd", "sbatch", "munged"]
 MISSING = [name for name in NEEDED if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING) or not possible(),
-    reason=f"{WHY}, and Slurm: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge",
-)
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(
+        bool(MISSING) or not possible(),
+        reason=f"{WHY}, and Slurm: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge",
+    ),
+]
 
 CONFIG = """
 ClusterName=rehearsal
@@ -152,12 +155,15 @@ def test_a_job_equals_step_03(cluster, proof):
 
 
 def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof):
+    go = cluster.folder / "go"
+    planted(cluster.project, "04", pause(25, go))
     job = cluster.submit("--save-every=1")
     disk = cluster.net.hosts[1].disk / "snapshots"
     cluster.wait_for(
         lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 60
     )
     cluster.run(f"scancel --signal=TERM {job}")
+    go.touch()
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
     # Slurm would wait two minutes. Not now either: nodes revoke a job's credentials up to the current second.
     cluster.run(f"scontrol update JobId={job} StartTime=now+2")

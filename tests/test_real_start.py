@@ -1,0 +1,143 @@
+"""What only a fresh start shows: each step from the command line, as a user types it.
+
+The other tests start forks of a process that has imported torch (forks.py): they would not notice an import that
+a script lacks, threads that an import leaves, or an interpreter that fails at its end. So here every step is
+started once with `python` or `torchrun` and nothing prepared, and must end as its fork does, bit for bit; a rank
+of step 03 is killed under the real torchrun in test_resume.py, Ctrl-C reaches a real launcher in test_launcher.py,
+and the hosts of test_multinode.py have only real processes.
+"""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    ROOT,
+    command,
+    environment,
+    finish,
+    largest_difference,
+    last_saved,
+    planted,
+    ranks_of,
+    start,
+    train,
+    wait_for_step,
+)
+
+SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
+
+
+FLAGS = ["--num-samples=251", "--epochs=1", "--precision=float64"]  # 20 steps
+
+# Python that prints the names of a rank's threads, at the end of its `worker`.
+THREADS = """
+def threads():
+    names = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        try:
+            names.append(path.read_text())
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has just ended
+    return names
+
+
+class Trainer:"""
+THREADS_AT_THE_END = [
+    ("\nclass Trainer:", THREADS),
+    ("        cleanup()\n", "        cleanup()\n        print('threads', threads(), flush=True)\n"),
+]
+LINUX = Path("/proc/self/task").exists()
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
+    """And no thread of gloo outlives the group: one that does aborts the process, in a few of a hundred runs."""
+    ranks = ranks_of(step)
+    planted(tmp_path, step, *(THREADS_AT_THE_END if step != "01" else []))
+    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}"]
+    run, fork = train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True), once(step, ranks, *flags)
+    difference = largest_difference(run.weights, fork.weights)
+    lines = [line for line in run.out.splitlines() if line.startswith("threads")]
+    print(f"step {step}, really started, against a fork: {difference} (must be 0.0); {lines}")
+    assert difference == 0.0 and run.test == fork.test
+    # Of the standard error of ranks that end well, only torchrun's own warnings are left.
+    assert "Error" not in run.err and "terminate called" not in run.err
+    assert len(lines) == (ranks if step != "01" else 0)
+    assert not any("gloo" in line for line in lines)
+
+
+CASES = [
+    ("02", "ends in an exception", False),
+    ("02", "without the early import", True),  # only a fresh start lacks what is not imported
+    ("04", "ends in an exception", False),
+    ("05", "ends in an exception", False),
+    ("05", "with the mesh's groups", False),
+]
+
+
+@pytest.mark.skipif(not LINUX, reason="counts threads in /proc: Linux only")
+@pytest.mark.parametrize(("step", "case", "real"), CASES)
+def test_threads_of_gloo(tmp_path, step, case, real):
+    """None is left after an exception either; without what the scripts do against them, some are."""
+    edits = list(THREADS_AT_THE_END)
+    if case == "ends in an exception":
+        loads = "        self.load_snapshot()\n"
+        edits.append((loads, f"{loads}        raise ZeroDivisionError\n"))
+    elif case == "without the early import":
+        edits.append(("import torch.distributed.nn ", "# "))
+    else:
+        edits.append(("mesh._pg_registry.clear()", "pass"))
+    planted(tmp_path, step, *edits)
+    flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
+    _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path, real))
+    lines = [line for line in out.splitlines() if line.startswith("threads")]
+    print(f"step {step}, {case}: {lines}\n{err[-300:]}")
+    assert lines
+    assert any("gloo" in line for line in lines) == case.startswith("with")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_fresh_start_that_gets_a_signal_saves(tmp_path, step):
+    flags = ["--num-samples=480", "--epochs=1000", "--save-every=4", "--use-gpu=0", "--snapshot-dir=snapshots"]
+    process = start([*command(step, ranks_of(step)), *flags], tmp_path, real=True)
+    try:
+        wait_for_step(process, tmp_path / "snapshots")
+        process.send_signal(signal.SIGTERM)
+    finally:
+        status, out, _ = finish(process)
+    assert status == (143 if step < "03" else 1)
+    assert f"SIGTERM: saved at step {last_saved(tmp_path / 'snapshots')}; " in out
+
+
+QUICK = [(script, "--help", 0) for script in [*SCRIPTS, ROOT / "compare_steps.py"]]
+QUICK += [(script, flag, 2) for script in SCRIPTS for flag in ("--no-such-flag", "--epochs=0")]
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "status"), QUICK, ids=lambda x: getattr(x, "parent", Path(str(x))).name
+)
+def test_help_and_bad_flags_are_answered_without_torch(script, flag, status):
+    words = [sys.executable, "-X", "importtime", str(script), flag]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
+    imported = [line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line]
+    print(f"{script.parent.name} {flag}: status {done.returncode}, {len(imported)} modules")
+    assert done.returncode == status
+    assert len(imported) > 20 and "torch" not in imported
+
+
+def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
+    """From another directory, without the repository around them."""
+    for name in ("common", FOLDERS["01"]):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    words = [sys.executable, "../copy/01_single_gpu/train.py", "--num-samples=128", "--epochs=1"]
+    status, out, err = finish(start(words, elsewhere, real=True))
+    assert status == 0, err
+    assert "done: 128 images" in out
