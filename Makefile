@@ -1,5 +1,5 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
-# make test   the same for the tests
+# make test   the same for the tests; make test-all adds those that repeat, or need root
 # make soak   interrupts training at 100 random moments and compares how it ends; half an hour
 # make bench  what loading the data, step 05's flags, and a slow link (as root) cost
 # Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
@@ -8,13 +8,16 @@ PYTHON ?= python3
 DATA_DIR ?= data
 VENV := .venv/bin
 
-.PHONY: train test soak bench lint clean
+.PHONY: train test test-all soak bench lint clean
 
 train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
 
 test: .venv/installed-dev
 	$(VENV)/python -m pytest --data-dir=$(DATA_DIR) $(ARGS)
+
+test-all: .venv/installed-dev
+	$(VENV)/python -m pytest --all --data-dir=$(DATA_DIR) $(ARGS)
 
 soak: .venv/installed-dev
 	$(VENV)/python tests/soak.py $(ARGS)

@@ -149,7 +149,7 @@ def test_one_rank_saves_on_each_disk(net, shared):
     first, second = net.hosts
     if shared:
         second.run(f"mount --bind {first.disk} {net.disk}")
-    results = all_ended(launch(net, [], "--epochs=1", "--num-samples=240", "--verbose", ranks=2))
+    results = all_ended(launch(net, [], "--epochs=1", "--num-samples=120", "--verbose", ranks=2))
     savers = [re.findall(r"\[rank (\d)\] saved ", out) for _, out in results]
     print(f"saved by rank {savers}")
     assert savers == [["0"], [] if shared else ["2"]]
@@ -234,7 +234,7 @@ def test_the_link_is_cut(net):
 
 def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path):
     net = slow_net
-    small = ["--num-samples=480", "--epochs=1"]
+    small = ["--num-samples=240", "--epochs=1"]
     bytes_sent = []
     for accumulate in (1, 4):
         before = net.hosts[0].sent()
@@ -247,7 +247,7 @@ def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path
     shutil.copytree(net.hosts[0].disk / "4", folder / "snapshots")
     big = train("01", 1, tmp_path / "big", *PROOF, *small, f"--batch-size={4 * GLOBAL_BATCH}")
     run = read_run("--accumulate=4", folder)
-    print(f"bytes that node1 sent for {480} images: {bytes_sent[0]:,}, with --accumulate=4 {bytes_sent[1]:,}")
+    print(f"bytes that node1 sent for 240 images: {bytes_sent[0]:,}, with --accumulate=4 {bytes_sent[1]:,}")
     assert len(run.losses) == 5 and disagreements(run, big) == []
     # A quarter of the all-reduces; what else is sent (start, evaluation, TCP's headers) stays.
     assert bytes_sent[1] < bytes_sent[0] / 3
