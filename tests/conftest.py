@@ -1,5 +1,6 @@
 """pytest's options, and the fixtures that several files use."""
 
+import os
 import signal
 import sys
 import tempfile
@@ -12,6 +13,8 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("helpers", "soak")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
 
 import forks  # noqa: E402
 from helpers import GLOBAL_BATCH, PROOF, Run, read_run, train  # noqa: E402

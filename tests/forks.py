@@ -1,10 +1,11 @@
 """Python programs that start at once: each is a fork of one process that has imported torch.
 
-Most of a short training run is `import torch`, two to four seconds in every process that takes part. Here one
-process, the server, imports it once, and a test that wants `python 01_single_gpu/train.py …` or `torchrun …` asks
-the server for a fork of itself, which then runs that script from its first line. The launchers are the real ones:
-torchrun's agent, mp.spawn, compare_steps.py; only where they would start another Python, they fork too, as
-`subprocess.Popen` is replaced by `Fork`. Process groups, stores, files, signals and exit statuses are real.
+Most of a short training run is `import torch`, two to four seconds in every process that takes part. Here
+one process, the server, imports it once. A test that wants `python 01_single_gpu/train.py …` or `torchrun …`
+asks the server for a fork of itself, and the fork runs that script from its first line. The launchers are
+the real ones: torchrun's agent, mp.spawn, compare_steps.py. Only where they would start another Python, they
+fork too: `Fork` stands in the place of `subprocess.Popen`. Process groups, stores, files, signals and exit
+statuses are real.
 
 A fork does not show what importing does (an import that is missing, threads counted at import) and not how an
 interpreter ends. Tests that are about these start a real process: `start(…, real=True)` in helpers.py.
@@ -38,7 +39,7 @@ DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signa
 
 
 def with_default_signals() -> None:
-    """Undo what this process inherited: a shell lets a job in the background ignore Ctrl-C, children too."""
+    """Undo what was inherited: a shell lets a job in the background ignore Ctrl-C, children too."""
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,22 +50,25 @@ def with_default_signals() -> None:
 class Fork(subprocess.Popen):  # type: ignore[type-arg]
     """A Popen whose child, if it is to be a Python script or torchrun, is a fork of this process.
 
-    `preexec_fn` runs in the child when its files, folder and session are as asked for. Here it runs the script,
-    and never comes to exec.
+    `preexec_fn` runs in the child when its files, folder and session are as asked for. Here it runs the
+    script, and never comes to exec.
     """
 
     def __init__(self, args: Any, *rest: Any, env: Any = None, **options: Any):
         words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
         # torch.compile's workers get files to talk through, and are no scripts of ours.
         if words[:1] == [sys.executable] and script_in(words) and not options.get("pass_fds"):
-            options["preexec_fn"] = functools.partial(become, words, dict(os.environ if env is None else env))
+            variables = dict(os.environ if env is None else env)
+            options["preexec_fn"] = functools.partial(become, words, variables)
         super().__init__(args, *rest, env=env, **options)
 
 
 def script_in(words: list[str]) -> list[str]:
-    """The part of a `python …` command from the script on, `-m torch.distributed.run` included; or nothing."""
+    """What a `python …` command runs: from the script on, or from `-m torch.distributed.run`; or nothing."""
     rest = [word for i, word in enumerate(words) if i and not (i == 1 and word == "-u")]
-    return rest if rest[:1] and (rest[0].endswith(".py") or rest[:2] == ["-m", "torch.distributed.run"]) else []
+    return (
+        rest if rest[:1] and (rest[0].endswith(".py") or rest[:2] == ["-m", "torch.distributed.run"]) else []
+    )
 
 
 def become(words: list[str], env: dict[str, str]) -> NoReturn:
@@ -274,7 +278,9 @@ def server(folder: Path) -> Iterator[None]:
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):
         program = folder / "bin" / name
-        program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -IS '{Path(__file__).resolve()}' run {name} \"$@\"\n")
+        program.write_text(
+            f"#!/bin/sh\nexec '{sys.executable}' -IS '{Path(__file__).resolve()}' run {name} \"$@\"\n"
+        )
         program.chmod(0o755)
     os.environ[SOCKET] = str(folder / "socket")
     words = [sys.executable, __file__, "serve", os.environ[SOCKET]]

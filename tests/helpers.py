@@ -70,7 +70,7 @@ class Started:
 
     def __init__(self, words: list[str], folder: Path, real: bool, env: dict[str, str]):
         self.words = words
-        self.files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  # gone with this object
         self.process: subprocess.Popen[bytes] | forks.Job
         with open(os.devnull) as nothing:
             out, err = self.files
@@ -203,7 +203,6 @@ def errors(text: str) -> list[str]:
 # --- Plant a bug
 
 
-
 def after_a_step(code: str) -> tuple[str, str]:
     """An edit of a train.py: run `code` whenever a step is done."""
     counts = "            self.global_step += 1\n"
@@ -251,7 +250,7 @@ def traced(root: Path) -> Path:
 
 
 def drawn(folder: Path, size: int) -> list[list[list[int]]]:
-    """For each process of a `traced` run in `folder`: the batches drawn from the data set of `size` images."""
+    """For each process of a `traced` run in `folder`: its batches out of the data set of `size` images."""
     processes = []
     for file in sorted(folder.glob("drawn-*")):
         lines = [list(map(int, line.split()[1:])) for line in file.read_text().splitlines()]

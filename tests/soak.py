@@ -49,9 +49,14 @@ from common.snapshot import unfinished
 
 SAVE_EVERY = 5
 EPOCH = 21  # steps, so that an epoch does not end where a snapshot is due anyway
-EPOCHS = 6
+EPOCHS = 5
 LAST = EPOCHS * EPOCH
-FLAGS = [f"--num-samples={GLOBAL_BATCH * EPOCH + 5}", f"--epochs={EPOCHS}", f"--save-every={SAVE_EVERY}", "--use-gpu=0"]
+FLAGS = [
+    f"--num-samples={GLOBAL_BATCH * EPOCH + 5}",
+    f"--epochs={EPOCHS}",
+    f"--save-every={SAVE_EVERY}",
+    "--use-gpu=0",
+]
 ROOM = 12 * SAVE_EVERY  # no run is interrupted so near its end: it might be over before
 
 # What is ended and how. The launcher is mp.spawn's process or torchrun; its ranks live on for a moment.
@@ -149,7 +154,12 @@ def interrupt(
 
 def words_for(step: str) -> list[str]:
     ranks = ranks_of(step)
-    return [*command(step, ranks), *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}", "--snapshot-dir=snapshots"]
+    return [
+        *command(step, ranks),
+        *FLAGS,
+        f"--batch-size={GLOBAL_BATCH // ranks}",
+        "--snapshot-dir=snapshots",
+    ]
 
 
 def undisturbed(step: str, folder: Path) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def interrupted_run(
 ) -> list[str]:
     """Start a step, interrupt it in each way of `kinds`, and let it come to its end.
 
-    Returns a line for each interruption, as many as `kinds`. Raises AssertionError if it does not end as it should.
+    Returns a line for each interruption, as many as `kinds`. Raises AssertionError if it does not end so.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True)
@@ -184,7 +194,9 @@ def interrupted_run(
     for number, kind in enumerate(kinds):
         before = last_saved(folder / "snapshots")
         if kind.endswith("in a save") and before and before % EPOCH == 0:
-            kind = "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
+            kind = (
+                "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
+            )
         if kind.endswith("in a save"):
             # Ranks without a launcher would run into the pipe, and stay there.
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
@@ -235,7 +247,7 @@ def restarted_run(step: str, seed: int, folder: Path, expected: dict[str, Any]) 
 
 
 def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
-    """Interrupt runs of all steps, two at a time, `interruptions` times or more; whether all ended as they should."""
+    """Interrupt runs of all steps, two at a time, as often as told or more; whether all ended well."""
     began, rng, lock = time.monotonic(), random.Random(seed), threading.Lock()
     counts = {"interruptions": 0, "restarts": 0, "runs": 0, "failures": 0}
     print(f"seed {seed}: {interruptions} interruptions, {restarts} restarts", flush=True)
@@ -271,7 +283,13 @@ def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
             )
         wait_for(
             [
-                pool.submit(attempt, "restarts", restarted_run, UNDER_TORCHRUN[i % len(UNDER_TORCHRUN)], rng.randrange(10**6))
+                pool.submit(
+                    attempt,
+                    "restarts",
+                    restarted_run,
+                    UNDER_TORCHRUN[i % len(UNDER_TORCHRUN)],
+                    rng.randrange(10**6),
+                )
                 for i in range(restarts)
             ]
         )

@@ -65,7 +65,9 @@ def complaints(line, status, out, folder, resumed):
         step = re.search(r"(0\d_\w+)/train", line)
         step = step[1] if step else FOLDERS[flag(line, "step", "04")]
         samples, epochs = int(flag(line, "num-samples", 0)), int(flag(line, "epochs", 3))
-        start = re.search(rf"{step}: {flag(line, 'model', 'cnn')} on synthetic-{samples}, cpu, float32, .*", out)
+        start = re.search(
+            rf"{step}: {flag(line, 'model', 'cnn')} on synthetic-{samples}, cpu, float32, .*", out
+        )
         ends = re.findall(r"test loss [\d.]+, accuracy ([\d.]+)% ", out)
         wanted[f"the start of {step}"] = start and f"batch {flag(line, 'batch-size', 64)} = " in start[0]
         wanted["an accuracy"] = ends
@@ -78,7 +80,9 @@ def complaints(line, status, out, folder, resumed):
         wanted["a command for each node"] = out.count("--node-rank=") == 2
     else:
         assert "--no-python env" in line, f"what is {line} for?"
-        wanted["both ranks' variables"] = {"RANK=0", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"} <= {*out.split()}
+        wanted["both ranks' variables"] = {"RANK=0", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"} <= {
+            *out.split()
+        }
     return [what for what, found in wanted.items() if not found]
 
 
@@ -94,7 +98,11 @@ def test_the_commands_of_a_page_run_as_written(tmp_path, page):
     for line in lines:
         status, out, err = finish(start(["bash", "-c", line], tmp_path, PATH=paths()), 240)
         print(f"$ {line}\n{out}\n{err}")
-        folder = flag(line, "snapshot-dir", line.split(" --")[0] + flag(line, "model", "") + flag(line, "num-samples", ""))
+        folder = flag(
+            line,
+            "snapshot-dir",
+            line.split(" --")[0] + flag(line, "model", "") + flag(line, "num-samples", ""),
+        )
         missing = complaints(line, status, out, tmp_path, folder in used)
         assert missing == [], f"$ {line}\nlacks {missing}"
         used.add(folder)

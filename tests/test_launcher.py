@@ -169,7 +169,7 @@ def marked(folder: Path) -> list[str]:
 
 
 def test_local_nodes_train(proof, tmp_path):
-    """Two nodes are two torchruns that meet on a port; together they do what step 03 does, to the last bit."""
+    """Two nodes are two torchruns that meet on a port; they do what step 03 does, to the last bit."""
     own = training(tmp_path)[2:]
     status, out, err = run("--local=2", "--nproc-per-node=1", "--", *PROOF, "--batch-size=6", *own)
     assert status == 0 and err == ""
@@ -189,10 +189,24 @@ def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
         port = free_port()
         for node in range(2):
             rendezvous = [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-            words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", *rendezvous]
-            own = [f"--snapshot-dir=disk-{node}", f"--metrics=metrics-{node}.jsonl", "--use-gpu=0", "--verbose"]
+            words = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc-per-node=2",
+                *rendezvous,
+            ]
+            own = [
+                f"--snapshot-dir=disk-{node}",
+                f"--metrics=metrics-{node}.jsonl",
+                "--use-gpu=0",
+                "--verbose",
+            ]
             script = str(ROOT / "04_multinode" / "train.py")
-            nodes.append(start([*words, script, *PROOF, f"--batch-size={GLOBAL_BATCH // 4}", *own, *flags], tmp_path))
+            nodes.append(
+                start([*words, script, *PROOF, f"--batch-size={GLOBAL_BATCH // 4}", *own, *flags], tmp_path)
+            )
         ends = [finish(node) for node in nodes]
         assert [status for status, _, _ in ends] == [0, 0], "\n".join(node.story for node in nodes)
         return [out for _, out, _ in ends]

@@ -56,7 +56,9 @@ def printed(
     options = [*options, f"--nproc-per-node={ranks}"]
     batch = f"--batch-size={GLOBAL_BATCH // ranks // len(hosts)}"
     own = [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl", "--use-gpu=0"]
-    commands = commands_for([host.name for host in hosts], *options, "--", *PROOF, batch, *own, *flags, root=root)
+    commands = commands_for(
+        [host.name for host in hosts], *options, "--", *PROOF, batch, *own, *flags, root=root
+    )
     return {host: commands[host.name] for host in hosts}
 
 

@@ -1,10 +1,12 @@
 """What only a fresh start shows: each step from the command line, as a user types it.
 
-The other tests start forks of a process that has imported torch (forks.py): they would not notice an import that
-a script lacks, threads that an import leaves, or an interpreter that fails at its end. So here every step is
-started once with `python` or `torchrun` and nothing prepared, and must end as its fork does, bit for bit; a rank
-of step 03 is killed under the real torchrun in test_resume.py, Ctrl-C reaches a real launcher in test_launcher.py,
-and the hosts of test_multinode.py have only real processes.
+The other tests start forks of a process that has imported torch (forks.py). They would not notice an import
+that a script lacks, threads that an import leaves, or an interpreter that fails at its end. So here every
+step is started with `python` or `torchrun` and nothing prepared, and must end as its fork does, bit for bit.
+
+Others start real processes because they are about what happens between them: a rank of step 03 is killed
+under torchrun in test_resume.py, launchers get Ctrl-C in test_launcher.py, hosts lose each other in
+test_multinode.py.
 """
 
 import shutil
@@ -50,18 +52,21 @@ def threads():
 class Trainer:"""
 THREADS_AT_THE_END = [
     ("\nclass Trainer:", THREADS),
-    ("        cleanup()\n", "        cleanup()\n        print('threads', threads(), flush=True)\n"),
+    ("        cleanup()\n", "        cleanup()\n        os.write(1, f'threads {threads()}\\n'.encode())\n"),
 ]
 LINUX = Path("/proc/self/task").exists()
 
 
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
-    """And no thread of gloo outlives the group: one that does aborts the process, in a few of a hundred runs."""
+    """And no thread of gloo outlives the group: one that does aborts the process, in a few of 100 runs."""
     ranks = ranks_of(step)
     planted(tmp_path, step, *(THREADS_AT_THE_END if step != "01" else []))
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}"]
-    run, fork = train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True), once(step, ranks, *flags)
+    run, fork = (
+        train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True),
+        once(step, ranks, *flags),
+    )
     difference = largest_difference(run.weights, fork.weights)
     lines = [line for line in run.out.splitlines() if line.startswith("threads")]
     print(f"step {step}, really started, against a fork: {difference} (must be 0.0); {lines}")
@@ -105,7 +110,13 @@ def test_threads_of_gloo(tmp_path, step, case, real):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_fresh_start_that_gets_a_signal_saves(tmp_path, step):
-    flags = ["--num-samples=480", "--epochs=1000", "--save-every=4", "--use-gpu=0", "--snapshot-dir=snapshots"]
+    flags = [
+        "--num-samples=480",
+        "--epochs=1000",
+        "--save-every=4",
+        "--use-gpu=0",
+        "--snapshot-dir=snapshots",
+    ]
     process = start([*command(step, ranks_of(step)), *flags], tmp_path, real=True)
     try:
         wait_for_step(process, tmp_path / "snapshots")

@@ -89,7 +89,9 @@ def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
             status, out, err = finish(start(words, tmp_path))
             print(out, err)
             assert status == 0
-        run = train(step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={GLOBAL_BATCH // ranks}")
+        run = train(
+            step, ranks, tmp_path, *FLAGS, f"--epochs={epoch}", f"--batch-size={GLOBAL_BATCH // ranks}"
+        )
     run.name = "an epoch each of 01, 02, 03, 04 and 05"
     assert disagreements(run, whole["01"]) == []
 
@@ -163,12 +165,18 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     ids=["rank 1", "rank 0, real torchrun"],
 )
 def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
-    """SIGKILL to one rank after step 30 of 95, while it waits: torchrun starts both again, from a snapshot."""
+    """SIGKILL to one rank after step 32 of 95, while it waits: torchrun starts both again, from step 30."""
     go = tmp_path / "go"
     root = planted(tmp_path / "root", "03", pause(32, go))
     words = command("03", 2, root)
     words.insert(words.index("--standalone"), "--max-restarts=3")
-    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--verbose", "--use-gpu=0"]
+    flags = [
+        *FLAGS,
+        f"--batch-size={GLOBAL_BATCH // 2}",
+        "--snapshot-dir=snapshots",
+        "--verbose",
+        "--use-gpu=0",
+    ]
     process = start([*words, *flags], tmp_path, real, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     try:
         pid = int(process.wait_for(rf"\[rank {victim}\].* pid (\d+)")[1])

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference, pause, planted, read_run
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    PROOF,
+    ROOT,
+    environment,
+    largest_difference,
+    pause,
+    planted,
+    read_run,
+)
 
 from benchmarks.hosts import WHY, network, possible
 from common.snapshot import snapshots
@@ -20,7 +30,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(
         bool(MISSING) or not possible(),
-        reason=f"{WHY}, and Slurm: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge",
+        reason=f"{WHY}, and Slurm: apt-get install slurmctld slurmd slurm-client munge",
     ),
 ]
 
