@@ -45,6 +45,8 @@ def with_default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in DEFAULTS:
         signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python begins
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Fork(subprocess.Popen):  # type: ignore[type-arg]
@@ -94,9 +96,10 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    with contextlib.suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
+    # As much of an interpreter's end as can be had in a fork.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status & 255)
@@ -142,7 +145,8 @@ def serve(path: str) -> None:
     listener.listen(64)
     gc.collect()
     gc.freeze()  # what all forks share stays shared
-    wake, signalled = os.pipe2(os.O_NONBLOCK)
+    wake, signalled = os.pipe()
+    os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end this process, not a Ctrl-C for them
@@ -167,12 +171,13 @@ def serve(path: str) -> None:
                 os.read(wake, 4096)
             elif isinstance(key.fileobj, socket.socket) and key.fileobj in jobs:
                 jobs[key.fileobj].kill()  # its client is gone
-                selector.modify(key.fileobj, selectors.EVENT_WRITE)  # nothing more to read
+                selector.unregister(key.fileobj)
         for connection, job in list(jobs.items()):
             if job.poll() is not None:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # its client is gone
                     connection.sendall(f"{job.returncode}\n".encode())
-                selector.unregister(connection)
+                with contextlib.suppress(KeyError):  # as was seen above
+                    selector.unregister(connection)
                 connection.close()
                 del jobs[connection]
 

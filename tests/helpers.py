@@ -321,13 +321,19 @@ class Run:
 
 
 def train(
-    step: str, ranks: int, folder: Path, *flags: str, root: Path = ROOT, real: bool = False, **extra: str
+    step: str,
+    ranks: int,
+    folder: Path,
+    *flags: str,
+    root: Path = ROOT,
+    real: bool = False,
+    timeout: float = 120,
 ) -> Run:
-    """Run a step to its end in `folder`, with its snapshots in `folder/snapshots`."""
+    """Run a step to its end in `folder`, within `timeout` seconds, with its snapshots in `folder/snapshots`."""
     folder.mkdir(parents=True, exist_ok=True)
     own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl", "--use-gpu=0"]
-    process = start([*command(step, ranks, root), *own, *flags], folder, real, **extra)
-    status, out, err = finish(process)
+    process = start([*command(step, ranks, root), *own, *flags], folder, real)
+    status, out, err = finish(process, timeout)
     assert status == 0, f"ended with status {status}, not 0\n{process.story}"
     # torch says so when a process leaves without it.
     assert "destroy_process_group" not in err, f"left without destroying the process group\n{process.story}"

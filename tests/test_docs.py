@@ -96,7 +96,7 @@ def test_the_commands_of_a_page_run_as_written(tmp_path, page):
     used = set()
     lines = [quicker(line) for line in commands(page) if line not in SKIPPED]
     for line in lines:
-        status, out, err = finish(start(["bash", "-c", line], tmp_path, PATH=paths()), 240)
+        status, out, err = finish(start(["bash", "-c", line], tmp_path, PATH=paths()), 400)
         print(f"$ {line}\n{out}\n{err}")
         folder = flag(
             line,

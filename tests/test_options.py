@@ -75,7 +75,8 @@ def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
     [("02", ["--precision=bf16"]), pytest.param("03", ["--compile"], marks=pytest.mark.slow)],
 )
 def test_bf16_and_compile_train(tmp_path, step, flags):
-    run = train(step, 2, tmp_path, "--num-samples=512", "--batch-size=16", "--epochs=2", *flags)
+    same = ["--num-samples=512", "--batch-size=16", "--epochs=2"]
+    run = train(step, 2, tmp_path, *same, *flags, timeout=400)  # a compiler takes minutes on a busy machine
     first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
     print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; test loss {run.test['loss']!r}")
     assert last < first - 0.3
