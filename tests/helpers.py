@@ -329,7 +329,7 @@ def train(
     real: bool = False,
     timeout: float = 120,
 ) -> Run:
-    """Run a step to its end in `folder`, within `timeout` seconds; its snapshots are in `folder/snapshots`."""
+    """Run a step to its end in `folder`, within `timeout` seconds; `folder/snapshots` has its snapshots."""
     folder.mkdir(parents=True, exist_ok=True)
     own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl", "--use-gpu=0"]
     process = start([*command(step, ranks, root), *own, *flags], folder, real)
