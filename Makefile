@@ -1,6 +1,6 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
 # make test   the same for the tests; make test-all adds those that repeat, or need root
-# make soak   interrupts training at 100 random moments and compares how it ends; half an hour
+# make soak   interrupts training at 100 random moments and compares how it ends
 # make bench  what loading the data, step 05's flags, and a slow link (as root) cost
 # Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 

@@ -432,8 +432,9 @@ def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, t
 @pytest.mark.slow
 def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
     """Some CPUs take six seconds for such a step."""
-    flags = ["--model=resnet18", "--precision=bf16", "--num-samples=64", "--batch-size=8", "--epochs=1"]
+    flags = ["--model=resnet18", "--precision=bf16", "--num-samples=128", "--batch-size=8", "--epochs=1"]
     run = train(STEP, 2, tmp_path, *flags, timeout=400)
-    print(f"losses {run.losses.tolist()}")
-    assert len(run.losses) == 4 and run.losses[-1] < run.losses[0]
+    first, last = run.losses[:2].mean().item(), run.losses[-2:].mean().item()
+    print(f"loss {first:.3f}, then {last:.3f} (0.3 less)")
+    assert len(run.losses) == 8 and last < first - 0.3
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32, torch.int64}
