@@ -231,6 +231,8 @@ def worker(args):
         seen_by = f"rank {dist.get_rank()}"
         error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stop_signal and "by peer" in str(error):  # the launcher was faster: it ends this one already
+            sys.exit(128 + stop_signal)
         time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
         raise
     finally:

@@ -27,6 +27,8 @@ from helpers import (
     train,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from common import snapshot
 from common.mnist import Digits
@@ -95,48 +97,65 @@ def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
 BIG = {"model": "vit", "vit_width": 768, "vit_depth": 12, "meta_init": True}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_bytes_per_rank_fall_with_the_ranks(tmp_path, monkeypatch, ranks):
-    """Of 56.8 million parameters, in PyTorch's "fake" group: no other ranks, collectives return at once."""
+def bytes_of_rank_0(ranks, **changed):
+    """Of parameters, gradients, AdamW's state and gathered units after a step; and the model.
+
+    In PyTorch's "fake" group: there are no other ranks, and collectives return at once.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    script, args = load(SCRIPT), argparse.Namespace(**{**FLAGS, **changed})
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    gathered = []
     try:
-        mesh = init_device_mesh("cpu", (ranks,))
-        # What a rank that is alone can do: the control and storage groups have nobody to talk to.
-        monkeypatch.setattr(dist, "new_group", lambda **_: dist.group.WORLD)
-        monkeypatch.setattr(dist, "all_gather_object", lambda into, mine, group=None: fill(into, mine))
-        report, model = first_step(tmp_path, monkeypatch, mesh, **BIG, batch_size=1, number=ranks)
+        model = script.build_sharded_model(args, torch.device("cpu"), init_device_mesh("cpu", (ranks,)))
+        for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+            unit.register_forward_pre_hook(
+                lambda *_: gathered.append(
+                    sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor))
+                )
+            )
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.zeros(1, 28, 28, dtype=torch.uint8)).sum().backward()
+        optimizer.step()
     finally:
         dist.destroy_process_group()
+    slots = [slot for state in optimizer.state.values() for slot in state.values()]
+    kinds = (model.parameters(), [p.grad for p in model.parameters()], slots)
+    local = [[t.to_local() if isinstance(t, DTensor) else t for t in kind] for kind in kinds]
+    return [*(sum(t.nbytes for t in kind) for kind in local), max(gathered)], model
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
+    """Of 56.8 million parameters."""
+    row, model = bytes_of_rank_0(ranks, **BIG)
     count = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.net.encoder.layers[0].parameters())
     assert count >= 50_000_000
     # Gradients are as many as parameters, AdamW's two moments twice as many; float32 has four bytes.
-    for found, expected in zip(report["ddp"], (4 * count, 4 * count, 8 * count), strict=True):
-        assert 0 <= found - expected <= 4 * 200  # AdamW also counts its steps, once for each of 152 tensors
-    row = report["ranks"][0]
     expected = 16 * count / ranks + 4 * block
-    print(f"{ranks} ranks: {row[-1] / 1e6:.1f} MB, expected {expected / 1e6:.1f} MB, within 2 %")
-    assert abs(row[-1] - expected) <= 0.02 * expected
+    print(f"{ranks} ranks: {sum(row) / 1e6:.1f} MB, expected {expected / 1e6:.1f} MB, within 2 %")
+    assert abs(sum(row) - expected) <= 0.02 * expected
+    for found, size in zip(row, (4, 4, 8), strict=False):
+        assert abs(found - size * count / ranks) <= 0.02 * size * count / ranks
 
 
-def fill(into, mine):
-    into[:] = [mine] * len(into)
-
-
-def test_the_bytes_of_real_ranks_are_those_of_the_fake_ones(tmp_path, monkeypatch, alone):
+def test_the_bytes_of_real_ranks_are_those_of_the_fake_ones(tmp_path):
     """Two ranks over gloo, and the report that they print; a small vit."""
     flags = ["--model=vit", "--vit-depth=2", "--num-samples=24", "--epochs=1", "--batch-size=12"]
     run = train(STEP, 2, tmp_path, *flags)
     report = [event for event in run.events if event["event"] == "memory"][-1]
-    whole, _ = first_step(tmp_path, monkeypatch, alone, model="vit", vit_depth=2, batch_size=8)
-    print(run.out)
-    assert report["ddp"] == whole["ddp"]
+    row, model = bytes_of_rank_0(2, vit_depth=2)
+    count = sum(p.numel() for p in model.parameters())
+    print(run.out, row)
+    assert report["ranks"][0] == [*row, sum(row)]
+    for found, size in zip(report["ddp"], (4, 4, 8), strict=True):
+        assert 0 <= found - size * count <= 4 * 200  # AdamW also counts its steps, once for each tensor
     for kind in range(3):
         parts = sum(row[kind] for row in report["ranks"])
         # Two more of AdamW's step counts of four bytes for each tensor, and no shard is padded by much.
-        assert 0 <= parts - whole["ranks"][0][kind] <= 4 * 200
+        assert 0 <= parts - report["ddp"][kind] <= 4 * 200
     assert "each under DDP" in run.out
 
 

@@ -246,10 +246,6 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
         pairs.append(("timeout=timedelta(minutes=2),  #", "timeout=timedelta(seconds=5),  #"))
         pairs.append(("timeout=timedelta(minutes=2))  #", "timeout=timedelta(seconds=5))  #"))
         flags.remove("--timeout=5")
-    if what == "raises":
-        # An interpreter takes a while to end, a fork does not. Without this second, SIGTERM could come to the
-        # others before they see the lost connection: they take it for a wish to save, and wait in vain.
-        pairs.append(("        cleanup()\n", "        cleanup()\n        time.sleep(1)\n"))
     root = planted(tmp_path / "root", step, *pairs)
     process = start([*command(step, 3, root), *flags], tmp_path)
     ranks = []
