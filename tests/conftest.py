@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("helpers", "soak")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
 
 import forks  # noqa: E402
-from helpers import GLOBAL_BATCH, PROOF, Run, read_run, train  # noqa: E402
+from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, Run, read_run, train  # noqa: E402
 
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
@@ -93,10 +93,10 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
 
 @pytest.fixture(scope="session")
 def proof(once: Callable[..., Run]) -> Callable[..., Run]:
-    """The run of a step with the flags PROOF, from which the promise of one function is proven."""
+    """The run of a step with the flags PROOF, or PROOF_OF_VIT: they prove that all steps learn the same."""
 
     def get(step: str, ranks: int = 1, model: str = "cnn") -> Run:
-        size = [f"--model={model}", *(["--vit-depth=2"] if model == "vit" else [])]
-        return once(step, ranks, *PROOF, *size, f"--batch-size={GLOBAL_BATCH // ranks}")
+        flags, batch = (PROOF_OF_VIT, 4 * GLOBAL_BATCH) if model == "vit" else (PROOF, GLOBAL_BATCH)
+        return once(step, ranks, *flags, f"--batch-size={batch // ranks}")
 
     return get
