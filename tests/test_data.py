@@ -100,7 +100,15 @@ mirror, md5 = sys.argv[2], json.loads(sys.argv[3])
 torchvision.datasets.MNIST.mirrors = [mirror]
 torchvision.datasets.MNIST.resources = list(md5.items())
 mnist.FALLBACK = 600
-print("asking", flush=True)
+
+
+class Lock(mnist.FileLock):
+    def __enter__(self):
+        print("asking", flush=True)
+        return super().__enter__()
+
+
+mnist.FileLock = Lock
 train, test = mnist.load_mnist(Path(sys.argv[1]))
 print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
 """
@@ -115,7 +123,7 @@ def at_once(count, folder, mirror, packed):
     words = [sys.executable, str(script), str(folder), url, md5, str(ROOT)]
     processes = [start(words, folder.parent) for _ in range(count)]
     for process in processes:
-        process.wait_for("asking\n")
+        process.wait_for("asking\n")  # printed before the lock
     mirror.go.set()  # the first to ask was kept waiting until the others wait for it
     results = [finish(process) for process in processes]
     for status, out, err in results:
