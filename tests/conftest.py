@@ -1,6 +1,7 @@
 """pytest's options, and the fixtures that several files use."""
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
         folder = shared / f"run-{step}-{ranks}{''.join(flags).replace('/', '_')}"
         with FileLock(f"{folder}.lock"):
             if not (folder / "out").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
                 (folder / "out").write_text(train(step, ranks, folder, *flags).out)
         return read_run(f"step {step} at {ranks} ranks", folder, (folder / "out").read_text())
 

@@ -7,8 +7,9 @@ the real ones: torchrun's agent, mp.spawn, compare_steps.py. Only where they wou
 fork too: `Fork` stands in the place of `subprocess.Popen`. Process groups, stores, files, signals and exit
 statuses are real.
 
-A fork does not show what importing does (an import that is missing, threads counted at import) and not how an
-interpreter ends. Tests that are about these start a real process: `start(…, real=True)` in helpers.py.
+A fork does not show what importing does (an import that is missing, threads counted at import), not how an
+interpreter ends, and no order of a set: all forks hash alike, and read PYTHON… variables too late. Tests that
+are about these start a real process: `start(…, real=True)` in helpers.py.
 
     python tests/forks.py serve SOCKET          the server; ends when its standard input does
     python tests/forks.py run python …          a client: stands in for `python`, on the PATH of a test
@@ -73,16 +74,27 @@ def script_in(words: list[str]) -> list[str]:
     )
 
 
+PATH: list[str] = []  # sys.path and the names in sys.modules when the server was ready
+MODULES: set[str] = set()
+INSTALLED = (sys.prefix, sys.base_prefix)
+
+
 def become(words: list[str], env: dict[str, str]) -> NoReturn:
     """In a fork: be `python …`, to the end."""
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent reads from one of them until it is closed
-    with_default_signals()
-    gc.enable()  # which Popen has turned off
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # the parent's temporary folders stay
-    os.environ.clear()
-    os.environ.update(env)
     status = 1
     try:
+        with_default_signals()
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent waits until one of them is closed
+        gc.enable()  # which Popen has turned off
+        # What the parent has made since it was the server is not this process's.
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # its temporary folders stay
+        atexit._clear()
+        sys.path[:] = PATH
+        for name in set(sys.modules) - MODULES:
+            if not (getattr(sys.modules[name], "__file__", "") or sys.prefix).startswith(INSTALLED):
+                del sys.modules[name]  # of the scripts' `common`, and of theirs
+        os.environ.clear()
+        os.environ.update(env)
         run(script_in(words))
         status = 0
     except SystemExit as end:
@@ -97,12 +109,15 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     # As much of an interpreter's end as can be had in a fork.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(status & 255)
+    except BaseException:  # as there, it changes nothing any more
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(status & 255)
 
 
 def run(words: list[str]) -> None:
@@ -140,17 +155,28 @@ def serve(path: str) -> None:
 
     fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
     torch.multiprocessing.spawn = fork  # type: ignore[assignment]
+    PATH.extend(sys.path)
+    MODULES.update(sys.modules)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
     gc.collect()
     gc.freeze()  # what all forks share stays shared
-    wake, signalled = os.pipe()
-    os.set_blocking(signalled, False)
-    signal.set_wakeup_fd(signalled)
+    signalled, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end this process, not a Ctrl-C for them
     jobs: dict[socket.socket, Fork] = {}
+    try:
+        answer(listener, signalled, jobs)
+    finally:
+        for job in jobs.values():
+            job.kill()
+
+
+def answer(listener: socket.socket, wake: int, jobs: dict[socket.socket, Fork]) -> None:
+    """Start jobs and say how they end, until standard input does. A client's mishap is its own."""
     selector = selectors.DefaultSelector()
     for source in (listener, sys.stdin, wake):
         selector.register(source, selectors.EVENT_READ)
@@ -158,14 +184,17 @@ def serve(path: str) -> None:
         for key, _ in selector.select():
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                if not (job := begin(connection)):
-                    continue  # it only wanted to know whether this server is there
-                jobs[connection] = job
-                connection.sendall(f"{jobs[connection].pid}\n".encode())
-                selector.register(connection, selectors.EVENT_READ)
+                connection.settimeout(10)
+                try:
+                    jobs[connection] = job = begin(connection)
+                    connection.sendall(f"{job.pid}\n".encode())
+                    selector.register(connection, selectors.EVENT_READ)
+                except (OSError, ValueError, subprocess.SubprocessError) as error:
+                    print(f"fork server: {type(error).__name__}: {error}", file=sys.stderr)
+                    if connection in jobs:
+                        jobs.pop(connection).kill()
+                    connection.close()
             elif key.fileobj is sys.stdin:
-                for job in jobs.values():
-                    job.kill()
                 return
             elif key.fileobj == wake:
                 os.read(wake, 4096)
@@ -182,18 +211,17 @@ def serve(path: str) -> None:
                 del jobs[connection]
 
 
-def begin(connection: socket.socket) -> Fork | None:
+def begin(connection: socket.socket) -> Fork:
     """Start what a client asks for: the length of the request with the client's three files, the request."""
     head, files, _, _ = socket.recv_fds(connection, 8, 3)
-    if not head:
-        connection.close()
-        return None
-    size, content = int(head), b""
-    while len(content) < size:
-        content += connection.recv(size - len(content))
-    asked = json.loads(content)
-    streams = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
     try:
+        size, content = int(head), b""
+        while len(content) < size:
+            content += (new := connection.recv(size - len(content)))
+            if not new:
+                raise ConnectionError("a client has gone before it had asked")
+        asked = json.loads(content)
+        streams = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
         return Fork(asked["words"], cwd=asked["cwd"], env=asked["env"], start_new_session=True, **streams)
     finally:
         for file in files:
@@ -206,6 +234,7 @@ class Job:
     def __init__(self, words: list[str], cwd: Path, env: dict[str, str], files: list[int]):
         self.args, self.returncode, self.answer = words, None, b""
         self.socket = connect(os.environ[SOCKET])
+        self.socket.settimeout(60)  # until it has started
         asked = json.dumps({"words": words, "cwd": str(cwd), "env": env}).encode()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
         self.socket.sendmsg([f"{len(asked):8}".encode()], rights)
@@ -213,6 +242,7 @@ class Job:
         while b"\n" not in self.answer:
             self.read()
         self.pid = int(self.answer.partition(b"\n")[0])
+        self.socket.settimeout(None)
 
     def read(self) -> None:
         self.answer += (new := self.socket.recv(64))
@@ -239,8 +269,9 @@ class Job:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # as Popen does
+            if self.poll() is None:
+                os.kill(self.pid, number)
 
 
 TimeoutExpired = subprocess.TimeoutExpired
@@ -267,14 +298,23 @@ def client(words: list[str]) -> NoReturn:
     words = [*torchrun, *words[1:]] if words[0] == "torchrun" else [sys.executable, *words[1:]]
     if not script_in(words):
         os.execv(sys.executable, words)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until there is a job to hand them on to
     job = Job(words, Path.cwd(), dict(os.environ), [0, 1, 2])
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: job.send_signal(number))
+
+    def hand_on(number: int, frame: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, number)
+
+    for number in numbers:
+        signal.signal(number, hand_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     status = job.wait()
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL has no other way
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
-    os._exit(status)
+    os._exit(status & 255)
 
 
 @contextlib.contextmanager
@@ -294,7 +334,11 @@ def server(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        process.communicate()  # closes its standard input
+        try:
+            process.communicate(timeout=30)  # closes its standard input
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         del os.environ[SOCKET]
 
 

@@ -109,13 +109,17 @@ class Lock(mnist.FileLock):
 
 
 mnist.FileLock = Lock
+print("begun", flush=True)
 train, test = mnist.load_mnist(Path(sys.argv[1]))
 print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
 """
 
 
-def at_once(count, folder, mirror, packed):
-    """Start `count` processes together on `folder`; status, output and stderr of each."""
+def at_once(count, folder, mirror, packed, until="asking"):
+    """Start `count` processes together on `folder`; status, output and stderr of each.
+
+    They go on together when all have said `until`: "asking" stands for "in front of the lock".
+    """
     url = f"http://127.0.0.1:{mirror.server_address[1]}/"
     md5 = json.dumps({name: hashlib.md5(content).hexdigest() for name, content in packed.items()})
     script = folder.parent / "process.py"
@@ -123,12 +127,14 @@ def at_once(count, folder, mirror, packed):
     words = [sys.executable, str(script), str(folder), url, md5, str(ROOT)]
     processes = [start(words, folder.parent) for _ in range(count)]
     for process in processes:
-        process.wait_for("asking\n")  # printed before the lock
+        process.wait_for(f"{until}\n")
     mirror.go.set()  # the first to ask was kept waiting until the others wait for it
     results = [finish(process) for process in processes]
     for status, out, err in results:
         print(status, out, err[-300:])
-    return [(status, out.removeprefix("asking\n"), err) for status, out, err in results]
+    return [
+        (status, out.removeprefix("begun\n").removeprefix("asking\n"), err) for status, out, err in results
+    ]
 
 
 def test_three_processes_download_once(tmp_path, mirror, packed):
@@ -163,7 +169,7 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
 
 def test_an_unusable_folder_gives_every_process_the_same_line(tmp_path, mirror, packed):
     (tmp_path / "data").write_text("a file")
-    results = at_once(3, tmp_path / "data", mirror, packed)
+    results = at_once(3, tmp_path / "data", mirror, packed, until="begun")  # they never come to the lock
     lines = {err for _, _, err in results}
     assert [status for status, _, _ in results] == [2, 2, 2]
     assert len(lines) == 1 and lines.pop().startswith("error: cannot download MNIST to ")
