@@ -256,6 +256,8 @@ class Job:
 
     def wait(self, timeout: float | None = None) -> int:
         """Its status, as Popen gives it; raises TimeoutExpired."""
+        if self.returncode is not None:
+            return self.returncode
         end = time.monotonic() + (timeout if timeout is not None else 10**6)
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
