@@ -1,114 +1,64 @@
-"""Step 03: torchrun starts the processes, tells each one who it is, and can start them again when one dies.
+"""Step 03: torchrun starts the ranks, tells each who it is, and starts them again when one dies.
 
-    torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py                        # MNIST
-    torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240    # synthetic
-
-With restarts, which go on from the newest snapshot. The variable makes the restarted ranks meet in a store of
-their own: in the one they share with torchrun by default they find the addresses of the dead, and can hang.
-
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node=2 --max-restarts=3 \\
-        03_multigpu_torchrun/train.py --save-every 100
+$ torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py    # MNIST, three epochs
+$ torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240
 """
 
-import gc
-import math
 import os
-import signal
 import sys
-import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
-
-from common.options import check_torchrun, fail, make_parser, pick_device
-
-
-def parse_args():
-    parser = make_parser(__file__, __doc__)
-    args = parser.parse_args()
-    check_torchrun()
-    return args
-
-
-if __name__ == "__main__":
-    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
-
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that alive for ever
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, DistributedSampler
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+
 from common import snapshot
-from common.mnist import keep_batch, load_mnist
-from common.models import build_model
-from common.reporting import LOG_EVERY, Reporter
+from common.mnist import fast, load_mnist
+from common.models import build_model, model_name
+from common.options import make_parser, name_run, pick_device
+from common.ranks import Control, let_go, meeting, resume, rng_states
+from common.reporting import Reporter
 
 
-def setup(args):
-    """Make this process one of the ranks that torchrun has started; returns its device."""
-    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=2),  # by default, ranks wait 10 or 30 minutes for one that is stuck
-        device_id=device if device.type == "cuda" else None,
-    )
-    return device
-
-
-def cleanup():
-    """Leave the process group. DDP must be gone by then: gloo's threads live on in it, and abort the exit."""
-    error = sys.exception()
-    if error:
-        traceback.clear_frames(error.__traceback__)
-    gc.collect()
-    if error and dist.get_backend() == "nccl":
-        dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
-    else:
+@record  # so that torchrun shows the traceback of a rank that fails
+def worker(args):
+    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # from here on "cuda" is this rank's GPU, for NCCL too
+    with meeting():  # ends with one line if some of the ranks do not come
+        dist.init_process_group(  # address, rank and world size: torchrun's variables say them
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        main(args, device)
+    finally:
+        let_go()  # frees DDP and whatever else uses the group, also after an error
         dist.destroy_process_group()
-
-
-stop_signal = 0
-
-
-def note_signal(number, frame):
-    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
-    global stop_signal
-    stop_signal = number
 
 
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
-        self.args = args
-        self.device = device
-        self.model = model
+        self.args, self.device = args, device
+        self.model, self.optimizer = model, optimizer
         self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
-        self.optimizer = optimizer
-        self.train_data = train_data
-        self.test_data = test_data
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=2))  # on CPUs
-        self.launcher = os.getppid()
-        self.global_batch = args.batch_size * self.world_size
+        self.train_data, self.test_data = train_data, test_data
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.report = Reporter(args, train_data, device, self.rank, self.world_size)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
+        self.report = Reporter(args, device, len(train_data))
         self.epoch = self.samples_seen = self.global_step = 0
 
     def train(self):
         self.load_snapshot()
-        places = [None] * self.world_size  # exchanging them also keeps rank 0 from saving while others load
-        place = (self.train_data.name, self.epoch, self.samples_seen)
-        dist.all_gather_object(places, place, group=self.control)
-        if len(set(places)) > 1:
-            fail(f"the ranks do not start from the same place (data, epoch, images): {places}")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note_signal)
+        self.control = Control()  # from here on, SIGTERM and Ctrl-C mean: save, then leave
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -116,128 +66,100 @@ class Trainer:
         self.report.end(self.global_step)
 
     def run_epoch(self):
-        # The order follows from seed and epoch alone, so a resumed run goes on where the other one stopped.
+        # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         self.sampler.set_epoch(self.epoch)
-        order = list(self.sampler)[self.samples_seen // self.world_size :]
+        rest = list(self.sampler)[self.samples_seen // self.world_size :]
         loader = DataLoader(
-            self.train_data,
-            batch_size=self.args.batch_size,
-            sampler=order,
-            drop_last=True,
-            collate_fn=keep_batch,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed: not from the state that snapshots keep
+            self.train_data, self.args.batch_size, sampler=rest, drop_last=True, **fast(self.device)
         )
         losses = []
         self.model.train()
-        for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
-            # Has any rank been told to stop, or lost its launcher? Asked beside the step, that costs no time.
-            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
-            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
-            losses.append(self.run_batch(images, labels))
-            self.samples_seen += self.global_batch
+        for batch in self.report.progress(loader, self.epoch):
+            losses.append(self.run_batch(batch))
+            self.samples_seen += self.args.batch_size * self.world_size
             self.global_step += 1
-            asked.wait()
-            stop = vote.item()
-            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
-                losses = torch.stack(losses) / self.world_size
-                dist.all_reduce(losses)  # each rank has seen only its own part of the batches
-                self.report.train(self.epoch, self.global_step, losses.tolist())
+            stop = self.control.asked_to_stop()
+            if stop or self.report.is_due():
+                means = torch.stack(losses) / self.world_size
+                dist.all_reduce(means)  # each rank has seen its own part of the batches only
+                self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
+            if stop or snapshot.is_due(self.args, self.global_step):
                 self.save_snapshot()
-            if stop:  # on all ranks after the same step
-                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
-                name = signal.Signals(stop).name
-                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
-                sys.exit(128 + stop)
+            if stop:
+                self.control.leave(stop, self.report, self.global_step)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
-    def run_batch(self, images, labels):
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+    def run_batch(self, batch):
         with self.autocast:
-            loss = F.cross_entropy(self.ddp_model(images), labels)
+            loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
         self.optimizer.zero_grad()
-        loss.backward()  # in here DDP averages the gradients over the ranks
+        loss.backward()  # in here, DDP averages the gradients of all ranks
         self.optimizer.step()
-        return loss.detach()  # still a tensor: .item() would make the CPU wait for the GPU at every step
+        return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
+
+    def loss(self, images, labels):
+        return F.cross_entropy(self.ddp_model(images), labels)
+
+    def score(self, images, labels):  # of each image: its loss, and whether the answer is right
+        outputs = self.model(images)
+        return F.cross_entropy(outputs, labels, reduction="none"), outputs.argmax(dim=1) == labels
 
     @torch.no_grad()
     def evaluate(self):
-        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler would pad it
-        loader = DataLoader(
-            self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch, generator=torch.Generator()
-        )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
+        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **fast(self.device))
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test what rank 0 saves
-        for images, labels in loader:
-            images, labels = images.to(self.device), labels.to(self.device)
+            dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: test rank 0's
+        for batch in loader:
             with self.autocast:
-                outputs = self.model(images)
-                totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
-            totals[1] += (outputs.argmax(dim=1) == labels).sum()
-            totals[2] += len(labels)
+                losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
+            totals[0] += losses.sum()
+            totals[1] += right.sum()
+            totals[2] += right.numel()
         dist.all_reduce(totals)
-        loss, correct, total = totals.tolist()
-        self.report.evaluation(self.epoch, self.global_step, loss / total, int(correct), int(total))
+        self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
+        rng = rng_states()  # of every rank
         if self.rank != 0:
             return  # all ranks hold the same weights
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "samples_seen": self.samples_seen,
-            "global_step": self.global_step,
-            "world_size": self.world_size,
-        }
-        snapshot.save(self.args, self.train_data.name, state)
+        snapshot.save(
+            self.args,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            epoch=self.epoch,
+            samples_seen=self.samples_seen,
+            global_step=self.global_step,
+            rng=rng,
+        )
 
     def load_snapshot(self):
-        state = snapshot.load_newest(self.args, self.train_data.name)
+        state = snapshot.load_newest(self.args)
         if state is None:
             return
+        resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr  # the flag wins over the snapshot
-        self.epoch = state["epoch"]
-        # A multiple of the world size: after a change of it, fewer than that many images are left out.
-        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
         self.global_step = state["global_step"]
-        self.report.say(f"resumed from {self.args.snapshot_dir}: epoch {self.epoch}, step {self.global_step}")
 
 
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
+    name_run(args, model_name(args), train_data.name, train_data.fallback)
     model = build_model(args).to(device)
+    torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 
-@record  # hands the traceback of a rank that fails to torchrun
-def worker(args):
-    try:
-        device = setup(args)
-    except dist.DistError as error:
-        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
-    try:
-        main(args, device)
-    except RuntimeError as error:
-        seen_by = f"rank {dist.get_rank()}"
-        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if stop_signal and "by peer" in str(error):  # the launcher was faster: it ends this one already
-            sys.exit(128 + stop_signal)
-        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
-        raise
-    finally:
-        cleanup()
+def parse_args():
+    return make_parser(__file__, __doc__, torchrun=True).parse_args()
 
 
 if __name__ == "__main__":
-    worker(args)
+    worker(parse_args())

@@ -1,140 +1,69 @@
-"""Step 04: many machines: snapshots with a shared disk or none, slow links, and nodes that go away.
+"""Step 04: many machines: disks of their own or a shared one, slow links, nodes that go away.
 
-On each of two nodes, the second with --node-rank=1 (./launch_multinode.sh prints the commands, or runs them):
-
-    torchrun --nnodes=2 --nproc-per-node=2 --node-rank=0 --master-addr=node1 --master-port=29500 \\
-        04_multinode/train.py
-
-A rehearsal of it on this machine:
-
-    ./launch_multinode.sh --local 2 -- --num-samples 10240 --epochs 1
+$ ./launch_multinode.sh --hosts node1,node2                 # prints what to run on each
+$ ./launch_multinode.sh --local 2 -- --num-samples 10240    # rehearses it on this machine
 """
 
 import contextlib
-import gc
-import math
 import os
-import signal
-import socket
 import sys
-import time
-import traceback
-import uuid
-import zlib
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
-
-from common.options import check_torchrun, fail, make_parser, pick_device, positive_float, whole_number
-
-
-def parse_args():
-    parser = make_parser(__file__, __doc__)
-    add = parser.add_argument
-    add("--accumulate", type=whole_number, default=1, metavar="N", help="batches per step, averaged once (1)")
-    add("--clip-norm", type=positive_float, metavar="X", help="shrink gradients whose norm is above X")
-    add("--timeout", type=whole_number, default=120, metavar="S", help="seconds until a rank is lost (120)")
-    args = parser.parse_args()
-    check_torchrun()
-    return args
-
-
-if __name__ == "__main__":
-    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
-
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that alive for ever
 import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, DistributedSampler
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+
 from common import snapshot
-from common.mnist import keep_batch, load_mnist
-from common.models import build_model
-from common.reporting import LOG_EVERY, Reporter
+from common.mnist import fast, load_mnist
+from common.models import build_model, model_name
+from common.options import make_parser, name_run, pick_device, positive_float, whole_number
+from common.ranks import Control, check_same, disk_mates, let_go, meeting, resume, rng_states
+from common.reporting import Reporter
 
 
-def setup(args):
-    """Make this process one of the ranks that torchrun has started; returns its device."""
-    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(  # where to meet, rank and world size: from torchrun's environment
-        backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=args.timeout),  # a link that is cut is silent: nothing else ends the wait
-        device_id=device if device.type == "cuda" else None,
-    )
-    return device
-
-
-def cleanup():
-    """Leave the process group. DDP must be gone by then: gloo's threads live on in it, and abort the exit."""
-    error = sys.exception()
-    if error:
-        traceback.clear_frames(error.__traceback__)
-    gc.collect()
-    if error and dist.get_backend() == "nccl":
-        dist.group.WORLD.abort()  # destroying would wait for the other ranks, and they wait for this one
-    else:
+@record  # so that torchrun shows the traceback of a rank that fails
+def worker(args):
+    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # from here on "cuda" is this rank's GPU, for NCCL too
+    with meeting():  # ends with one line if some of the ranks do not come
+        dist.init_process_group(  # address, rank and world size: torchrun's variables say them
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        main(args, device)
+    finally:
+        let_go()  # frees DDP and whatever else uses the group, also after an error
         dist.destroy_process_group()
-
-
-def check_that_nodes_agree(args, data):
-    """Stop if a rank's flags, data or code are not rank 0's: together they would hang, or train nonsense."""
-    own = ["data_dir", "snapshot_dir", "metrics", "verbose"]  # of each node
-    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
-    scripts = [Path(__file__), *sorted(Path(snapshot.__file__).parent.glob("*.py"))]
-    mine["code"] = f"{zlib.crc32(b''.join(script.read_bytes() for script in scripts)):08x}"
-    mine["data"] = f"{data.name} {zlib.crc32(data.labels.numpy(), zlib.crc32(data.images.numpy())):08x}"
-    mine["torch"] = torch.__version__
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (socket.gethostname(), mine))
-    first_host, first = ranks[0]
-    differences = [
-        f"rank {rank} on {host} has {name} {theirs.get(name)}, rank 0 on {first_host} has {first[name]}"
-        for rank, (host, theirs) in enumerate(ranks)
-        for name in first
-        if theirs.get(name) != first[name]
-    ]
-    if differences:
-        fail(f"{'; '.join(differences[:6])}: make the nodes the same")
-
-
-stop_signal = 0
-
-
-def note_signal(number, frame):
-    """SIGTERM from a scheduler, or Ctrl-C: let the step that is under way end, and save before leaving."""
-    global stop_signal
-    stop_signal = number
 
 
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
-        self.args = args
-        self.device = device
-        self.model = model
+        self.args, self.device = args, device
+        self.model, self.optimizer = model, optimizer
         self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
-        self.optimizer = optimizer
-        self.train_data = train_data
-        self.test_data = test_data
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))  # on CPUs
-        self.launcher = os.getppid()
-        self.global_batch = args.batch_size * args.accumulate * self.world_size
+        self.train_data, self.test_data = train_data, test_data
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-        self.report = Reporter(args, train_data, device, self.rank, self.world_size)
-        self.report.detail(f"on {socket.gethostname()}, node {os.environ['GROUP_RANK']}")
+        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
+        self.report = Reporter(args, device, len(train_data))
         self.epoch = self.samples_seen = self.global_step = 0
 
     def train(self):
+        # Nodes share a disk or have their own: one rank saves to each.
+        self.saves = self.rank == min(disk_mates(self.args.snapshot_dir))
         self.load_snapshot()
-        self.saves = self.is_first_on_its_disk()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note_signal)
+        # From here on, SIGTERM and Ctrl-C mean: save, then leave.
+        self.control = Control(self.args.timeout)
         while self.epoch < self.args.epochs:
             self.run_epoch()
             self.evaluate()
@@ -142,158 +71,121 @@ class Trainer:
         self.report.end(self.global_step)
 
     def run_epoch(self):
-        # The order follows from seed and epoch alone, so a resumed run goes on where the other one stopped.
+        # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         self.sampler.set_epoch(self.epoch)
-        order = list(self.sampler)[self.samples_seen // self.world_size :]
+        rest = list(self.sampler)[self.samples_seen // self.world_size :]
         loader = DataLoader(
-            self.train_data,
-            batch_size=self.args.batch_size * self.args.accumulate,
-            sampler=order,
-            drop_last=True,
-            collate_fn=keep_batch,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed: not from the state that snapshots keep
+            self.train_data, self.rank_batch, sampler=rest, drop_last=True, **fast(self.device)
         )
         losses = []
         self.model.train()
-        for batch, (images, labels) in enumerate(self.report.progress(loader, self.epoch), start=1):
-            # Has any rank been told to stop, or lost its launcher? Asked beside the step, that costs no time.
-            vote = torch.tensor([stop_signal if os.getppid() == self.launcher else signal.SIGTERM])
-            asked = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
-            losses.append(self.run_batch(images, labels))
-            self.samples_seen += self.global_batch
+        for batch in self.report.progress(loader, self.epoch):
+            losses.append(self.run_batch(batch))
+            self.samples_seen += self.rank_batch * self.world_size
             self.global_step += 1
-            asked.wait()
-            stop = vote.item()
-            if batch % LOG_EVERY == 0 or batch == len(loader) or stop:
-                losses = torch.stack(losses) / self.world_size
-                dist.all_reduce(losses)  # each rank has seen only its own part of the batches
-                self.report.train(self.epoch, self.global_step, losses.tolist())
+            stop = self.control.asked_to_stop()
+            if stop or self.report.is_due():
+                means = torch.stack(losses) / self.world_size
+                dist.all_reduce(means)  # each rank has seen its own part of the batches only
+                self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or (self.args.save_every and self.global_step % self.args.save_every == 0):
+            if stop or snapshot.is_due(self.args, self.global_step):
                 self.save_snapshot()
-            if stop:  # on all ranks after the same step
-                dist.barrier(group=self.control)  # the launcher kills the rest 30 s after the first to leave
-                name = signal.Signals(stop).name
-                self.report.say(f"{name}: saved at step {self.global_step}; run the same again to go on")
-                sys.exit(128 + stop)
+            if stop:
+                self.control.leave(stop, self.report, self.global_step)
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
-    def run_batch(self, images, labels):
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        batches = zip(images.split(self.args.batch_size), labels.split(self.args.batch_size), strict=True)
-        losses = []
+    def run_batch(self, batch):
+        batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+        parts = list(zip(*(tensor.split(self.args.batch_size) for tensor in batch), strict=True))
+        total = 0
         self.optimizer.zero_grad()
-        for images, labels in batches:
-            last = len(losses) == self.args.accumulate - 1
-            with contextlib.nullcontext() if last else self.ddp_model.no_sync():
+        for i, part in enumerate(parts, start=1):
+            # Gradients add up on each rank. The ranks average them once, behind the last part.
+            with contextlib.nullcontext() if i == len(parts) else self.ddp_model.no_sync():
                 with self.autocast:
-                    loss = F.cross_entropy(self.ddp_model(images), labels) / self.args.accumulate
-                loss.backward()  # in the last of these DDP averages the gradients' sums over the ranks
-            losses.append(loss.detach())  # tensors: .item() would make the CPU wait for the GPU at every step
+                    loss = self.loss(*part) / len(parts)
+                loss.backward()  # in the last of them, DDP averages the gradients of all ranks
+            total += loss.detach()
         if self.args.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_norm)
         self.optimizer.step()
-        return torch.stack(losses).sum()
+        return total  # a tensor: .item() would make the CPU wait for the GPU in every step
+
+    def loss(self, images, labels):
+        return F.cross_entropy(self.ddp_model(images), labels)
+
+    def score(self, images, labels):  # of each image: its loss, and whether the answer is right
+        outputs = self.model(images)
+        return F.cross_entropy(outputs, labels, reduction="none"), outputs.argmax(dim=1) == labels
 
     @torch.no_grad()
     def evaluate(self):
-        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler would pad it
-        loader = DataLoader(
-            self.test_data, batch_size=1000, sampler=part, collate_fn=keep_batch, generator=torch.Generator()
-        )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
+        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **fast(self.device))
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)  # batch norm's statistics differ by rank: test what rank 0 saves
-        for images, labels in loader:
-            images, labels = images.to(self.device), labels.to(self.device)
+            dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: test rank 0's
+        for batch in loader:
             with self.autocast:
-                outputs = self.model(images)
-                totals[0] += F.cross_entropy(outputs, labels, reduction="sum")
-            totals[1] += (outputs.argmax(dim=1) == labels).sum()
-            totals[2] += len(labels)
+                losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
+            totals[0] += losses.sum()
+            totals[1] += right.sum()
+            totals[2] += right.numel()
         dist.all_reduce(totals)
-        loss, correct, total = totals.tolist()
-        self.report.evaluation(self.epoch, self.global_step, loss / total, int(correct), int(total))
-
-    def is_first_on_its_disk(self):
-        """Whether this rank saves: nodes share a disk or have their own, and one rank writes to each."""
-        mark = self.args.snapshot_dir / f".snapshot-{uuid.uuid4()}.tmp"  # the next save would clear it away
-        mark.touch()
-        marks = [None] * self.world_size
-        dist.all_gather_object(marks, mark.name, group=self.control)
-        first = next(rank for rank, name in enumerate(marks) if (self.args.snapshot_dir / name).exists())
-        dist.barrier(group=self.control)  # marks stay, and nobody saves, until all have looked
-        mark.unlink(missing_ok=True)
-        return first == self.rank
+        self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
+        rng = rng_states()  # of every rank
         if not self.saves:
             return  # all ranks hold the same weights
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "samples_seen": self.samples_seen,
-            "global_step": self.global_step,
-            "world_size": self.world_size,
-        }
-        path = snapshot.save(self.args, self.train_data.name, state)
-        self.report.detail(f"saved {path}")
+        snapshot.save(
+            self.args,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            epoch=self.epoch,
+            samples_seen=self.samples_seen,
+            global_step=self.global_step,
+            rng=rng,
+        )
 
     def load_snapshot(self):
-        state = snapshot.load_newest(self.args, self.train_data.name)
-        # A node may be new, or its disk behind: all go on from the newest that any node has.
+        state = snapshot.load_newest(self.args)
+        # A node may be new, or behind: all go on from the newest snapshot that any of them has.
         found = [None] * self.world_size
-        dist.all_gather_object(found, state["global_step"] if state else -1, group=self.control)
-        if max(found) == -1:
-            return
-        owner = found.index(max(found))
+        dist.all_gather_object(found, state["global_step"] if state else -1)
         sent = [state]
-        dist.broadcast_object_list(sent, src=owner, group=self.control)
+        dist.broadcast_object_list(sent, src=found.index(max(found)))
         state = sent[0]
-        snapshot.restore_rng(state)
+        if state is None:
+            return
+        resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr  # the flag wins over the snapshot
-        self.epoch = state["epoch"]
-        # A multiple of the world size: after a change of it, fewer than that many images are left out.
-        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
         self.global_step = state["global_step"]
-        self.report.say(f"resumed from {self.args.snapshot_dir}: epoch {self.epoch}, step {self.global_step}")
-        self.report.detail(f"the snapshot is rank {owner}'s; here the newest is of step {found[self.rank]}")
 
 
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    check_that_nodes_agree(args, train_data)
+    name_run(args, model_name(args), train_data.name, train_data.fallback)
+    check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
     model = build_model(args).to(device)
+    torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 
-@record  # hands the traceback of a rank that fails to torchrun
-def worker(args):
-    try:
-        device = setup(args)
-    except dist.DistError as error:
-        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
-    try:
-        main(args, device)
-    except RuntimeError as error:
-        seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if stop_signal and "by peer" in str(error):  # the launcher was faster: it ends this one already
-            sys.exit(128 + stop_signal)
-        time.sleep(5)  # if another rank's end is the cause, the launcher now shows that one and ends this one
-        raise
-    finally:
-        cleanup()
+def parse_args():
+    parser = make_parser(__file__, __doc__, torchrun=True)
+    add = parser.add_argument
+    add("--accumulate", type=whole_number, default=1, metavar="N", help="batches in a step (1)")
+    add("--clip-norm", type=positive_float, metavar="X", help="shrink gradients to this norm")
+    add("--timeout", type=whole_number, default=120, help="seconds until a rank is lost (120)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    worker(args)
+    worker(parse_args())

@@ -14,36 +14,23 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, so that `common` is found
-
-from common.options import OneLineParser, fail
-
-
-def parse_args():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("snapshot", type=Path, help="snapshot-….pt, or a folder snapshot-…")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    args = parse_args()  # before torch, which takes seconds to import: --help and typos are answered at once
-
 import torch
 import torch.distributed.checkpoint as dcp
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+
+import sharded
 from common import snapshot
 from common.models import build_model
+from common.options import OneLineParser, fail
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what `no_dist` asks for
 
 
 def parameter_names(state):
     """The names of the parameters, in the order in which an optimizer numbers them."""
-    size = {"vit_width": state.get("vit_width"), "vit_depth": state.get("vit_depth")}
     with torch.device("meta"):  # names and shapes, no memory
-        model = build_model(
-            argparse.Namespace(model=state["model_name"], precision=state["precision"], compile=False, **size)
-        )
+        model = build_model(argparse.Namespace(**{**state["flags"], "compile": False}))
     return [name for name, _ in model.named_parameters()]
 
 
@@ -53,7 +40,7 @@ def gather(path, state):
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in saved.items()}
     dcp.load(tensors, checkpoint_id=path, no_dist=True)
     numbers = {name: number for number, name in enumerate(parameter_names(state))}
-    plain = {key: value for key, value in state.items() if key not in ("checksums", "param_groups")}
+    plain = {key: value for key, value in state.items() if key not in ("checksums", "param_groups", "path")}
     plain["model"], slots = {}, {number: {} for number in numbers.values()}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -71,27 +58,27 @@ def scatter(folder, state):
     names = parameter_names(state)
     slots = {names[number]: slots for number, slots in state["optimizer"]["state"].items()}
     shards = {"model": state["model"], "optimizer": slots}
-    unfinished = snapshot.unfinished(folder, state["global_step"])
+    unfinished = sharded.unfinished(folder, state["global_step"])
     if unfinished.exists():
         shutil.rmtree(unfinished)
     dcp.save(shards, checkpoint_id=unfinished, no_dist=True)
     rest = {key: value for key, value in state.items() if key not in shards}
-    snapshot.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
+    sharded.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
 
 
 def main(args):
     path = args.snapshot
     if not re.fullmatch(r"snapshot-\d{8,}(\.pt)?", path.name) or not path.exists():
         fail(f"{path} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…")
-    sharded = path.is_dir()
-    other = path.with_suffix(".pt" if sharded else "")
+    is_folder = path.is_dir()
+    other = path.with_suffix(".pt" if is_folder else "")
     if other.exists():
         fail(f"{other} is there already: delete it first")
-    state, problem = snapshot.read(path)
+    state, problem = (sharded if is_folder else snapshot).read(path)
     if problem:
         fail(f"{path} is damaged ({problem}): take the one before it")
     try:
-        if sharded:
+        if is_folder:
             snapshot.write(other, gather(path, state))
         else:
             scatter(path.parent, state)
@@ -103,5 +90,11 @@ def main(args):
     print(f"wrote {other}")
 
 
+def parse_args():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("snapshot", type=Path, help="snapshot-….pt, or a folder snapshot-…")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    main(args)
+    main(parse_args())

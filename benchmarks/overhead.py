@@ -25,9 +25,10 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from common.mnist import keep_batch, load_mnist  # noqa: E402
+from common.mnist import fast, load_mnist  # noqa: E402
 from common.models import build_model  # noqa: E402
-from common.options import fail, make_parser  # noqa: E402
+from common.options import fail, make_parser, name_run  # noqa: E402
+from common.ranks import Control  # noqa: E402
 
 
 def step_01() -> ModuleType:
@@ -57,7 +58,7 @@ def loading(data: Any, args: argparse.Namespace) -> None:
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     theirs = datasets.MNIST(args.data_dir, transform=normalise)
     usual = DataLoader(theirs, batch_size=args.batch_size, shuffle=True)
-    ours = DataLoader(data, batch_size=args.batch_size, shuffle=True, collate_fn=keep_batch)
+    ours = DataLoader(data, batch_size=args.batch_size, shuffle=True, **fast(torch.device("cpu")))
     rates: dict[str, list[float]] = {"usual": [], "ours": []}
     for _ in range(args.rounds):
         rates["usual"].append(len(data) / seconds(lambda: drain(usual)))
@@ -76,7 +77,9 @@ def epoch(data: Any, args: argparse.Namespace) -> None:
     device = torch.device("cpu")
     model = build_model(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    name_run(args, args.model, data.name)
     trainer = step_01().Trainer(args, device, model, optimizer, data, data)
+    trainer.control = Control()
     order = torch.randperm(len(data))[: len(data) // args.batch_size * args.batch_size]
     batches = [(data.images[rows], data.labels[rows]) for rows in order.split(args.batch_size)]
 

@@ -81,6 +81,11 @@ def vit(args: argparse.Namespace) -> nn.Module:
 MODELS = {"cnn": cnn, "resnet18": resnet18, "vit": vit}
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """The model's name, with the size if flags choose that: `cnn`, `vit-64x4`."""
+    return f"vit-{args.vit_width}x{args.vit_depth}" if args.model == "vit" else str(args.model)
+
+
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The model that the flags ask for, initialised from the global random state.
 

@@ -3,17 +3,17 @@
 import argparse
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.mnist import Digits
 from common.options import fail, warn
 
 LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a report, and only there
@@ -22,40 +22,31 @@ LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a rep
 class Reporter:
     """Rank 0 reports progress and writes `--metrics`; with `--verbose` every rank says what it does."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        data: Digits,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """Announce the run. `fail`s when `data` is smaller than a global batch."""
-        self.args, self.data, self.rank, self.world_size = args, data, rank, world_size
-        self.global_batch = args.batch_size * args.accumulate * world_size
-        if self.global_batch > len(data):
-            fail(f"a step takes {self.global_batch} images, {data.name} has {len(data)}: lower --batch-size")
+    def __init__(self, args: argparse.Namespace, device: torch.device, samples: int):
+        """Announce a run on `samples` training samples. `fail`s when they are fewer than a global batch."""
+        self.args = args
+        ranks = dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+        self.global_batch = args.batch_size * args.accumulate * self.world_size
+        if self.global_batch > samples:
+            fail(f"a step takes {self.global_batch} images, {args.dataset} has {samples}: lower --batch-size")
         self.bar: tqdm[Any] | None = None
+        self.batch = self.batches = 0
         self.images, self.seconds, self.mark = 0, 0.0, 0.0
-        self.metrics = self.open_metrics() if rank == 0 and args.metrics else None
+        self.metrics = self.open_metrics() if self.rank == 0 and args.metrics else None
         micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
-            f"{args.step}: {args.model} on {data.name}, {device.type}, {args.precision}, {world_size} × "
-            f"{micro}batch {args.batch_size} = {self.global_batch} images a step, "
-            f"{args.epochs} epochs of {len(data) // self.global_batch} steps"
+            f"{args.step}: {args.model} on {args.dataset}, {device.type}, {args.precision}, "
+            f"{self.world_size} × {micro}batch {args.batch_size} = {self.global_batch} images a step, "
+            f"{args.epochs} epochs of {samples // self.global_batch} steps"
         )
         self.detail(
-            f"local rank {os.environ.get('LOCAL_RANK', 0)}, world size {world_size}, device {device}, "
-            f"{torch.get_num_threads()} threads, pid {os.getpid()}"
+            f"local rank {os.environ.get('LOCAL_RANK', 0)}, world size {self.world_size}, device {device}, "
+            f"{torch.get_num_threads()} threads, pid {os.getpid()}, on {socket.gethostname()}, "
+            f"node {os.environ.get('GROUP_RANK', 0)}"
         )
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        run = {
-            "world_size": world_size,
-            "device": device.type,
-            "dataset": data.name,
-            "train_samples": len(data),
-        }
-        self.write("start", **{**flags, **run})
+        run = {"world_size": self.world_size, "device": device.type, "train_samples": samples}
+        self.write("start", **{**vars(args), **run})
 
     def open_metrics(self) -> TextIO:
         """The metrics file, open for appending: a resumed run goes on in the same file."""
@@ -83,7 +74,7 @@ class Reporter:
     def write(self, event: str, **values: Any) -> None:
         """Append one JSON object to the metrics file, if there is one."""
         if self.metrics:
-            print(json.dumps({"event": event, **values}), file=self.metrics, flush=True)
+            print(json.dumps({"event": event, **values}, default=str), file=self.metrics, flush=True)
 
     def progress(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
         """The batches of `loader`, with a progress bar when rank 0's output is a terminal."""
@@ -98,7 +89,13 @@ class Reporter:
             disable=self.rank != 0 or not sys.stdout.isatty(),
         )
         self.mark = time.perf_counter()
-        return iter(self.bar)
+        self.batches = len(loader)
+        for self.batch, batch in enumerate(self.bar, start=1):  # noqa: B020
+            yield batch
+
+    def is_due(self) -> bool:
+        """Whether the batch that `progress` has just handed out is to be reported, or is the last."""
+        return self.batch % LOG_EVERY == 0 or self.batch == self.batches
 
     def train(self, epoch: int, global_step: int, losses: list[float]) -> None:
         """Report the steps since the last call: `losses` are theirs, each the mean over the global batch."""
@@ -116,8 +113,11 @@ class Reporter:
         numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
         self.write("train", epoch=epoch, global_step=global_step, **numbers)
 
-    def evaluation(self, epochs_done: int, global_step: int, loss: float, correct: int, total: int) -> None:
-        """Report the test set's result: the mean loss, and how many of `total` images were `correct`."""
+    def evaluation(
+        self, epochs_done: int, global_step: int, losses: float, right: float, count: float
+    ) -> None:
+        """Report a test: the sum of `count` losses, and how many of the answers were `right`."""
+        loss, correct, total = losses / count, int(right), int(count)
         self.say(
             f"epoch {epochs_done}/{self.args.epochs}  test loss {loss:.4f}, "
             f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
@@ -136,7 +136,7 @@ class Reporter:
             folder = self.args.snapshot_dir
             self.say(f"nothing left to train: raise --epochs, or delete {folder} to start afresh")
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
-        if self.data.fallback:
-            warn(self.data.fallback)
+        if self.args.caveat:
+            warn(self.args.caveat)
         if self.metrics:
             self.metrics.close()

@@ -24,11 +24,12 @@ from typing import Any
 import forks
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "05_fsdp")]
 
 import torch  # noqa: E402
 
-from common.snapshot import read, snapshots, step_of  # noqa: E402
+import sharded  # noqa: E402  # from step 05's folder
+from common.snapshot import snapshots, step_of  # noqa: E402
 
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
 GROWN = [step for step in FOLDERS if step != "01"]
@@ -206,7 +207,7 @@ def errors(text: str) -> list[str]:
 def after_a_step(code: str) -> tuple[str, str]:
     """An edit of a train.py: run `code` whenever a step is done."""
     counts = "            self.global_step += 1\n"
-    return counts, f"{counts}            {code}\n"
+    return counts, f"{counts}            import os, signal, time\n            {code}\n"
 
 
 def telling(step: str) -> tuple[str, str]:
@@ -294,7 +295,7 @@ def newest(folder: Path) -> dict[str, Any]:
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
     if path.is_file():
         return dict(torch.load(path, weights_only=True))
-    return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(path, read(path)[0]))
+    return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(path, sharded.read(path)[0]))
 
 
 @dataclass

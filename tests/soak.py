@@ -45,7 +45,7 @@ from helpers import (
     wait_until,
 )
 
-from common.snapshot import unfinished
+from sharded import unfinished
 
 SAVE_EVERY = 5
 EPOCH = 21  # steps, so that an epoch does not end where a snapshot is due anyway

@@ -150,17 +150,43 @@ def test_a_steps_readme_shows_its_whole_diff(before, after):
     assert not missing and not stale
 
 
+def plain_diff(before, after):
+    """The lines of `diff`, as a reader types it, between two steps' scripts."""
+    files = [str(ROOT / FOLDERS[step] / "train.py") for step in (before, after)]
+    return subprocess.run(["diff", *files], capture_output=True, text=True).stdout.splitlines()
+
+
+# DESIGN's table: lines that a step's script may have more, and less, than the one before it.
+LIMITS = {"02": (65, 20), "03": (18, 28), "04": (42, 20), "05": (115, 45)}
+
+
 def test_the_ladder_gives_the_sizes():
+    """And they stay within their limits: the difference between two scripts is the lesson, and no more."""
     page = (ROOT / "README.md").read_text()
-    sizes = {"01": f"{len((ROOT / FOLDERS['01'] / 'train.py').read_text().splitlines())}"}
+    lines = {step: (ROOT / folder / "train.py").read_text().splitlines() for step, folder in FOLDERS.items()}
+    sizes = {"01": f"{len(lines['01'])}"}
     for before, after in itertools.pairwise(STEPS):
-        files = [(ROOT / FOLDERS[step] / "train.py").read_text().splitlines() for step in (before, after)]
-        lines = list(difflib.unified_diff(*files, n=0, lineterm=""))[2:]
-        plus, minus = (sum(line.startswith(sign) for line in lines) for sign in "+-")
+        difference = plain_diff(before, after)
+        plus, minus = (sum(line.startswith(sign) for line in difference) for sign in "><")
         sizes[after] = f"+{plus} −{minus}"
+        assert plus <= LIMITS[after][0] and minus <= LIMITS[after][1], (after, sizes[after])
     print(sizes)
     for step, size in sizes.items():
         assert re.search(rf"^\| \[{step} .*\| {re.escape(size)} \|", page, re.M), (step, size)
+    assert len(lines["01"]) <= 130 and len(lines["05"]) <= 275
+    longest = max(len(line) for script in lines.values() for line in script)
+    print(f"the longest line has {longest} columns (100: a slide)")
+    assert longest <= 100
+
+
+PLUMBING = r"\bsignal\b|\bgc\b|traceback\.|getppid|sleep|_pg_registry|crc32|\bglobal\b"
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_plumbing_in_a_script(step):
+    text = (ROOT / FOLDERS[step] / "train.py").read_text()
+    assert re.findall(PLUMBING, text) == []
+    assert text.count("__main__") == 1 and text.rstrip().splitlines()[-2] == 'if __name__ == "__main__":'
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)

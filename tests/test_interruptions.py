@@ -127,22 +127,22 @@ TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-
 def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step, ranks):
     """Of the epoch in which it was interrupted, from a trace of the images that all ranks have drawn."""
     root = traced(planted(tmp_path / "root", step))
-    # In the seventh step: the vote of the eighth stops all.
+    # In the seventh step: all stop soon after, see common/ranks.py.
     stops = after_a_step("if self.global_step == 7: os.kill(os.getpid(), signal.SIGTERM)")
     stopping = traced(planted(tmp_path / "stopping", step, stops))
     flags = [*TRACED, "--epochs=1", "--snapshot-dir=snapshots"]
     finish(start([*command(step, 2, stopping), *flags], tmp_path))
     done = last_saved(tmp_path / "snapshots")
-    assert done == 8
+    assert 8 <= done <= 18
     train(step, ranks, tmp_path, *TRACED, "--epochs=1", root=root)
     seen = collections.Counter()
     for batches in drawn(tmp_path, 457):  # and not those of the test set
         seen.update(itertools.chain(*batches))
-    before, batch = 8 * 2 * 10, ranks * 10
+    before, batch = done * 2 * 10, ranks * 10
     skipped = -before % ranks
     expected = before + (457 // ranks * ranks - before - skipped) // batch * batch
     print(
-        f"8 steps at 2 ranks, the rest at {ranks}: {len(seen)} of 457 images, {max(seen.values())} times each"
+        f"{done} steps at 2 ranks, the rest at {ranks}: {len(seen)} of 457 images, {max(seen.values())} times"
     )
     print(f"left out: {skipped} at the change, {457 - skipped - len(seen)} at the epoch's end")
     assert max(seen.values()) == 1
@@ -245,7 +245,7 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
     flags = [*FOREVER, "--timeout=5"]
     if step < "04":
         pairs.append(("timeout=timedelta(minutes=2),  #", "timeout=timedelta(seconds=5),  #"))
-        pairs.append(("timeout=timedelta(minutes=2))  #", "timeout=timedelta(seconds=5))  #"))
+        pairs.append(("Control()", "Control(5)"))
         flags.remove("--timeout=5")
     root = planted(tmp_path / "root", step, telling(step), *pairs)
     process = start([*command(step, 3, root), *flags], tmp_path)
@@ -288,7 +288,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what
     (tmp_path / "other" / FOLDERS[step] / "train.py").open("a").write("# newer\n")
     launch = tmp_path / "launch.py"
     launch.write_text(
-        "import os, runpy, sys\nsys.argv.pop(0)\n"
+        "import os, runpy, sys\nsys.argv.pop(0)\nsys.path[0] = os.path.dirname(sys.argv[0])\n"
         f"if os.environ['RANK'] == '1': {DIFFERENT[what]}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as error:\n"

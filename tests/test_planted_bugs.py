@@ -27,7 +27,7 @@ BUGS = {
         "F.cross_entropy(self.model(images), labels)",
         "weights",
     ),
-    "the logged loss is rank 0's": ("05", "dist.all_reduce(losses)", "losses *= self.world_size", "losses"),
+    "the logged loss is rank 0's": ("05", "dist.all_reduce(means)", "means *= self.world_size", "losses"),
     "evaluation is padded": (
         "02",
         "part = range(self.rank, len(self.test_data), self.world_size)",

@@ -11,7 +11,6 @@ from helpers import (
     SHARDED,
     command,
     disagreements,
-    errors,
     finish,
     kill,
     largest_difference,
@@ -114,8 +113,8 @@ def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path):
 # A resume must fail to reproduce the run when something is missing from the snapshot.
 FORGOTTEN = {
     "the optimizer": ('self.optimizer.load_state_dict(state["optimizer"])', "pass"),
-    "the place in the epoch": ('self.samples_seen = state["samples_seen"]', "self.samples_seen = 0"),
-    "the epoch": ('self.epoch = state["epoch"]', 'self.epoch = state["epoch"] - 1'),
+    "the place in the epoch": ('state["epoch"], state["samples_seen"]', 'state["epoch"], 0'),
+    "the epoch": ('= state["epoch"], ', '= state["epoch"] - 1, '),
     "the weights": ('self.model.load_state_dict(state["model"])', "pass"),
 }
 
@@ -130,33 +129,74 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
     assert difference > 1e-10 or len(run.losses) != 15
 
 
-def test_ranks_that_start_from_different_places_are_told(whole, tmp_path):
-    """As on two machines of which only one has the snapshot."""
-    planted(tmp_path, "03", ("if state is None:", "if state is None or self.rank == 1:"))
-    interrupted(whole, tmp_path, "03")
-    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots"]
-    status, _, err = finish(start([*command("03", 2, tmp_path), *flags], tmp_path))
-    print(errors(err))
-    assert status != 0
-    assert errors(err) == [
-        "error: the ranks do not start from the same place (data, epoch, images): "
-        "[('synthetic-233', 4, 48), ('synthetic-233', 0, 0)]"
+# A model with dropout, which the ones here do without. Each process writes down the masks that it draws.
+DROPOUT = [
+    ("nn.Flatten(),", "nn.Sequential(nn.Flatten(), Told()),"),
+    (
+        "\ndef cnn(",
+        """
+class Told(nn.Dropout):
+    def forward(self, x):
+        mask = super().forward(torch.ones_like(x))
+        if self.training:
+            import os
+            print((mask == 0).nonzero().sum().item(), file=open(f"masks-{os.getpid()}", "a"))
+        return x * mask
+
+
+def cnn(""",
+    ),
+]
+GUARDS = {
+    "nothing": (),
+    "a stream for each rank": ("02", ("torch.manual_seed(args.seed + dist.get_rank())", "")),
+    "each rank's own state": ("common/ranks.py", ('state["rng"][report.rank]', 'state["rng"][0]')),
+    "any state": ("common/ranks.py", ("torch.set_rng_state(", "(")),
+    "a generator of the loader's own": ("common/mnist.py", ('"generator": torch.Generator()', "")),
+}
+
+
+def masks(folder):
+    """The masks that each process has drawn in a run in `folder`."""
+    return [file.read_text().split() for file in folder.glob("masks-*")]
+
+
+CASES = [*((step, "nothing") for step in FOLDERS), *(("02", guard) for guard in list(GUARDS)[1:])]
+
+
+@pytest.mark.parametrize(("step", "without"), CASES)
+def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
+    """Of each rank, which has its own; and without a guard it is seen."""
+    ranks, batch = ranks_of(step), f"--batch-size={GLOBAL_BATCH // ranks_of(step)}"
+    root = planted(tmp_path, "common/models.py", *DROPOUT, steps=(step,))
+    if GUARDS[without]:
+        planted(tmp_path, GUARDS[without][0], *GUARDS[without][1:])
+    uninterrupted = train(step, ranks, tmp_path / "whole", *FLAGS, batch, root=root)
+    drawn = masks(tmp_path / "whole")
+    assert [len(one) for one in drawn] == [95] * ranks
+    interrupted({step: uninterrupted}, tmp_path / "resumed", step)
+    run = train(step, ranks, tmp_path / "resumed", *FLAGS, batch, root=root)
+    again = masks(tmp_path / "resumed")
+    difference = largest_difference(run.weights, uninterrupted.weights)
+    print(f"with dropout, without {without}: resumed after step 80, weights {difference}")
+    assert len(run.losses) == 15
+    right = [
+        ranks == 1 or not set(drawn[0]) & set(drawn[1]),  # of thousands of places: no two masks alike
+        sorted(one[80:] for one in drawn) == sorted(again),
+        difference == 0.0,
     ]
+    assert all(right) == (without == "nothing"), right
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
-    """A model with dropout, which the ones here do without, resumes bit for bit as well."""
-    dropout = ("nn.Flatten(),", "nn.Flatten(),\n        nn.Dropout(),")
-    planted(tmp_path, "common/models.py", dropout, steps=("01",))
-    uninterrupted = train("01", 1, tmp_path / "a", *FLAGS, f"--batch-size={GLOBAL_BATCH}", root=tmp_path)
-    for last, steps in (("snapshot-00000080", 15), ("snapshot-00000090", 5)):
-        interrupted({"01": uninterrupted}, tmp_path / last, "01")
-        if last == "snapshot-00000090":
-            shutil.copy(uninterrupted.snapshot_dir / f"{last}.pt", tmp_path / last / "snapshots")
-        run = train("01", 1, tmp_path / last, *FLAGS, f"--batch-size={GLOBAL_BATCH}", root=tmp_path)
-        difference = largest_difference(run.weights, uninterrupted.weights)
-        print(f"with dropout, resumed from {last}: weights {difference}")
-        assert len(run.losses) == steps and difference == 0.0
+@pytest.mark.parametrize("step", ["02", SHARDED])
+def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
+    interrupted(whole, tmp_path, step)
+    run = train(step, 3, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH // 3}", "--verbose")
+    said = [line for line in run.out.splitlines() if "random numbers begin anew" in line]
+    print(said)
+    assert sorted(said) == [
+        f"[rank {rank}] random numbers begin anew: the snapshot is of 2 ranks" for rank in range(3)
+    ]
 
 
 @pytest.mark.parametrize(

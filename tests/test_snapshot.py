@@ -13,32 +13,38 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import sharded as shards
 from common import snapshot
 
 
 def flags(folder, **changed):
-    args = {"snapshot_dir": folder, "model": "cnn", "precision": "float32", "seed": 0, "batch_size": 64}
-    args |= {"vit_width": 64, "vit_depth": 4}
+    args = {"snapshot_dir": folder, "run": "cnn-mnist", "precision": "float32", "seed": 0, "lr": 0.001}
+    args["verbose"] = False
     return argparse.Namespace(**{**args, **changed})
 
 
 def state(step):
-    return {"model": {"w": torch.full((10_000,), float(step))}, "epoch": 0, "global_step": step}
+    rest = {"optimizer": {"param_groups": []}, "epoch": 0, "global_step": step}
+    return {"model": {"w": torch.full((10_000,), float(step))}, **rest}
+
+
+def load_newest(folder, sharded=False):
+    return snapshot.load_newest(flags(folder), shards.read if sharded else None)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three snapshots, of steps 10, 20 and 30."""
     for step in (10, 20, 30):
-        snapshot.save(flags(tmp_path), "mnist", state(step))
+        snapshot.save(flags(tmp_path), **state(step))
     return tmp_path
 
 
 def save_sharded(folder, step):
-    shards = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
-    dcp.save(shards, checkpoint_id=snapshot.unfinished(folder, step), no_dist=True)
-    rest = {"param_groups": [], "epoch": 0, "global_step": step}
-    return snapshot.finish(folder, snapshot.complete(flags(folder), "mnist", rest))
+    tensors = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
+    dcp.save(tensors, checkpoint_id=shards.unfinished(folder, step), no_dist=True)
+    rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "global_step": step}
+    return shards.finish(folder, snapshot.complete(flags(folder), rest))
 
 
 @pytest.fixture
@@ -49,10 +55,10 @@ def sharded_folder(tmp_path):
     return tmp_path
 
 
-def failure(capsys, args, dataset="mnist", sharded=False):
+def failure(capsys, args, sharded=False):
     """The one line with which loading fails."""
     with pytest.raises(SystemExit) as stopped:
-        snapshot.load_newest(args, dataset, sharded)
+        snapshot.load_newest(args, shards.read if sharded else None)
     lines = capsys.readouterr().err.splitlines()
     print(lines)
     assert stopped.value.code == 2
@@ -61,16 +67,16 @@ def failure(capsys, args, dataset="mnist", sharded=False):
 
 
 def test_the_newest_comes_back_and_three_are_kept(folder):
-    snapshot.save(flags(folder), "mnist", state(100_000_000))  # nine digits, and still the newest
+    snapshot.save(flags(folder), **state(100_000_000))  # nine digits, and still the newest
     names = [path.name for path in snapshot.snapshots(folder)]
     assert names == ["snapshot-100000000.pt", "snapshot-00000030.pt", "snapshot-00000020.pt"]
-    loaded = snapshot.load_newest(flags(folder), "mnist")
+    loaded = load_newest(folder)
     assert torch.equal(loaded["model"]["w"], state(100_000_000)["model"]["w"])
 
 
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
-    assert snapshot.load_newest(flags(tmp_path), "mnist") is None
-    assert snapshot.load_newest(flags(tmp_path / "missing" / "folder"), "mnist") is None
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "missing" / "folder") is None
 
 
 def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsys):
@@ -79,13 +85,15 @@ def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsy
     assert "cannot make the folder" in failure(capsys, flags(tmp_path / "file" / "folder"))
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
-    torch.manual_seed(3)
-    torch.rand(5)
-    snapshot.save(flags(tmp_path), "mnist", state(1))
-    expected = torch.rand(5)
-    snapshot.load_newest(flags(tmp_path), "mnist")
-    assert torch.equal(torch.rand(5), expected)
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+def test_the_learning_rate_is_the_flags(sharded, tmp_path):
+    if sharded:
+        save_sharded(tmp_path, 10)
+    else:
+        snapshot.save(flags(tmp_path), **{**state(10), "optimizer": {"param_groups": [{"lr": 0.1}]}})
+    loaded = load_newest(tmp_path, sharded)
+    groups = loaded["param_groups"] if sharded else loaded["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0.001]
 
 
 def damage(kind, path):
@@ -108,7 +116,7 @@ def damage(kind, path):
 def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(folder, capsys, kind):
     newest, before, _ = snapshot.snapshots(folder)
     damage(kind, newest)
-    loaded = snapshot.load_newest(flags(folder), "mnist")
+    loaded = load_newest(folder)
     err = capsys.readouterr().err
     print(err)
     assert loaded["global_step"] == 20
@@ -156,7 +164,7 @@ def test_no_damage_goes_unseen(sharded, times, capsys, request):
         what = spoil(file, rng)
         if not what:
             continue  # zeros in the place of zeros
-        state = snapshot.load_newest(flags(folder), "mnist", sharded)
+        state = load_newest(folder, sharded)
         err = capsys.readouterr().err
         assert state["global_step"] == 20, f"{file.name}, {what}: {err}"
         assert err.startswith(f"warning: {newest} is damaged ("), f"{file.name}, {what}: {err}"
@@ -165,7 +173,7 @@ def test_no_damage_goes_unseen(sharded, times, capsys, request):
         )
         file.write_bytes(whole[file])
         seen += 1
-    assert snapshot.load_newest(flags(folder), "mnist", sharded)["global_step"] == 30
+    assert load_newest(folder, sharded)["global_step"] == 30
     print(f"{seen} of {times} seen; the last: {err}")
     assert seen == times
 
@@ -175,7 +183,7 @@ def test_when_no_good_one_is_left_they_are_kept(sharded, capsys, request):
     folder = request.getfixturevalue("sharded_folder" if sharded else "folder")
     rng = random.Random(1)
     for path in snapshot.snapshots(folder, sharded):
-        assert spoil(path / snapshot.STATE if sharded else path, rng)
+        assert spoil(path / shards.STATE if sharded else path, rng)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     line = failure(capsys, flags(folder), sharded=sharded)
     assert line.count(" is damaged (") == 3 and "no snapshot is left, delete" in line
@@ -238,22 +246,22 @@ def test_a_sharded_one_that_would_run_code_is_refused(sharded_folder, capsys, at
         def __reduce__(self):
             return Path.touch, (sharded_folder / "attacked",)
 
-    metadata = pickle.loads((newest / snapshot.METADATA).read_bytes())
+    metadata = pickle.loads((newest / shards.METADATA).read_bytes())
     if attack == "a function":
         metadata.planner_data = Attack()
     else:
         metadata.state_dict_metadata["model.w"] = dcp.metadata.BytesStorageMetadata()
-    (newest / snapshot.METADATA).write_bytes(pickle.dumps(metadata))
-    state = torch.load(newest / snapshot.STATE, weights_only=True)
-    state["checksums"][snapshot.METADATA] = snapshot.checksum(newest / snapshot.METADATA)
-    snapshot.write(newest / snapshot.STATE, state)
-    assert snapshot.load_newest(flags(sharded_folder), "mnist", sharded=True)["global_step"] == 20
+    (newest / shards.METADATA).write_bytes(pickle.dumps(metadata))
+    state = torch.load(newest / shards.STATE, weights_only=True)
+    state["checksums"][shards.METADATA] = shards.checksum(newest / shards.METADATA)
+    snapshot.write(newest / shards.STATE, state)
+    assert load_newest(sharded_folder, sharded=True)["global_step"] == 20
     err = capsys.readouterr().err
     print(err)
     assert "has no place in .metadata" in err
     assert not (sharded_folder / "attacked").exists()
     # It does what it threatens to, if it is let: the test above can fail.
-    pickle.loads((newest / snapshot.METADATA).read_bytes())
+    pickle.loads((newest / shards.METADATA).read_bytes())
     assert (sharded_folder / "attacked").exists() == (attack == "a function")
 
 
@@ -272,27 +280,27 @@ def test_a_file_of_another_program_is_refused(tmp_path, capsys):
 
 def test_a_plain_one_in_the_place_of_state_is_refused(sharded_folder, capsys):
     newest = snapshot.snapshots(sharded_folder, sharded=True)[0]
-    snapshot.write(newest / snapshot.STATE, snapshot.complete(flags(sharded_folder), "mnist", state(30)))
-    assert snapshot.load_newest(flags(sharded_folder), "mnist", sharded=True)["global_step"] == 20
+    snapshot.write(newest / shards.STATE, snapshot.complete(flags(sharded_folder), state(30)))
+    assert load_newest(sharded_folder, sharded=True)["global_step"] == 20
     assert "state.pt is of no sharded snapshot" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("changed", "dataset", "said"),
+    ("changed", "said"),
     [
-        ({"model": "vit"}, "mnist", "--model cnn, this run has --model vit"),
-        ({"precision": "float64"}, "mnist", "precision float32, this run has precision float64"),
-        ({"seed": 1}, "mnist", "seed 0, this run has seed 1"),
-        ({}, "synthetic-512", "dataset mnist, this run has dataset synthetic-512"),
+        ({"run": "vit-64x4-mnist"}, "run cnn-mnist, this run has run vit-64x4-mnist"),
+        ({"run": "cnn-synthetic-512"}, "run cnn-mnist, this run has run cnn-synthetic-512"),
+        ({"precision": "float64"}, "precision float32, this run has precision float64"),
+        ({"seed": 1}, "seed 0, this run has seed 1"),
     ],
 )
-def test_another_runs_snapshot_stops_with_both_values(folder, capsys, changed, dataset, said):
-    assert said in failure(capsys, flags(folder, **changed), dataset)
+def test_another_runs_snapshot_stops_with_both_values(folder, capsys, changed, said):
+    assert said in failure(capsys, flags(folder, **changed))
 
 
 def test_another_format_stops_with_both_values(folder, capsys, monkeypatch):
-    monkeypatch.setattr(snapshot, "FORMAT", 2)
-    assert "format 1, this run has format 2" in failure(capsys, flags(folder))
+    monkeypatch.setattr(snapshot, "FORMAT", 3)
+    assert "format 2, this run has format 3" in failure(capsys, flags(folder))
 
 
 def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch):
@@ -303,7 +311,7 @@ def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stopped:
-        snapshot.save(flags(folder), "mnist", state(40))
+        snapshot.save(flags(folder), **state(40))
     err = capsys.readouterr().err
     print(err)
     assert stopped.value.code == 2
@@ -313,5 +321,5 @@ def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch)
 
 def test_what_a_killed_write_left_is_swept_up(folder):
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
-    snapshot.save(flags(folder), "mnist", state(40))
+    snapshot.save(flags(folder), **state(40))
     assert not list(folder.glob(".*"))

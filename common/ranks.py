@@ -1,0 +1,213 @@
+"""What ranks owe each other besides gradients: to stop after the same step, to start alike, to end well.
+
+Without a process group, as in step 01, all of it is about this process alone.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import uuid
+import zlib
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that for ever
+from torch.distributed.device_mesh import DeviceMesh
+
+from common import snapshot
+from common.options import fail
+from common.reporting import Reporter
+
+# --- To stop after the same step
+
+SECONDS = 0.1  # between two votes, or the length of a step, if that is more
+STEPS = 10  # between two votes at most: the steps may become longer
+
+
+class Control:
+    """Lets all ranks stop after the same step when one of them is told to.
+
+    A rank that left alone would let the others wait for it in their next collective. So the ranks vote,
+    over gloo, beside the training: a vote begins in one step and is read in a later one, when it has long
+    been counted. A rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
+    """
+
+    signal = 0  # the last that this process has had
+
+    def __init__(self, seconds: int = 120):
+        """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost."""
+        self.launcher = os.getppid()
+        self.group: Any = None
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        self.step = self.begun = self.next = 0
+        self.clock = time.perf_counter()
+        self.ballot: Any = None
+        self.counting: Any = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    @staticmethod  # or the handler would keep the group for ever
+    def note(number: int, frame: Any) -> None:
+        Control.signal = number
+
+    def asked_to_stop(self) -> int:
+        """0, or the number of the signal to stop for: the same on all ranks, which call this in each step."""
+        if self.group is None:
+            return self.signal
+        self.step += 1
+        if self.step < self.next:
+            return 0
+        stop, now = 0, time.perf_counter()
+        if self.counting:  # a vote that has begun in the step before
+            self.counting.wait()
+            stop, slowest = self.ballot.tolist()
+            # From a number that all ranks have: they begin the next vote in the same step, too.
+            self.counting, steps = None, int(SECONDS * 1e6 / max(1, slowest))
+            self.next = self.begun + max(1, min(STEPS, steps))
+        if self.step >= self.next:
+            gone = os.getppid() != self.launcher
+            took = (now - self.clock) / (self.step - self.begun)
+            self.ballot = torch.tensor([signal.SIGTERM if gone else self.signal, int(took * 1e6)])
+            self.counting = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.clock, self.begun, self.next = now, self.step, self.step + 1
+        return stop
+
+    def leave(self, number: int, report: Reporter, global_step: int) -> None:
+        """End with the status that shells give to a signal, when all ranks have come here."""
+        if self.group:  # the launcher kills the rest 30 s after the first has left
+            dist.barrier(group=self.group)
+        name = signal.Signals(number).name
+        report.say(f"{name}: saved at step {global_step}; run the same again to go on")
+        sys.exit(128 + number)
+
+
+# --- Random numbers
+
+
+def rng_states() -> list[dict[str, torch.Tensor]]:
+    """The state of every rank's random numbers, CPU and GPU; all ranks must call it."""
+    mine = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        mine["cuda"] = torch.cuda.get_rng_state()
+    if not dist.is_initialized():
+        return [mine]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def resume(state: dict[str, Any], report: Reporter) -> None:
+    """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
+
+    At another world size than that of the snapshot each rank begins a new stream of random numbers, which
+    follows from seed, step and rank. `state["samples_seen"]` is rounded up to a multiple of the world
+    size: fewer images than that are left out.
+    """
+    ranks, step = report.world_size, state["global_step"]
+    state["samples_seen"] = -(-state["samples_seen"] // ranks) * ranks
+    if len(state["rng"]) == ranks:
+        mine = state["rng"][report.rank]
+        torch.set_rng_state(mine["cpu"])
+        if "cuda" in mine and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(mine["cuda"])
+    else:
+        torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
+        report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
+    report.say(f"resumed from {report.args.snapshot_dir}: epoch {state['epoch']}, step {step}")
+
+
+# --- To start alike
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around `init_process_group`: one line when the ranks do not find each other."""
+    try:
+        yield
+    except dist.DistError as error:
+        first = str(error).splitlines()[0]
+        fail(f"the ranks do not meet: {first}; is the port free, is every rank started?")
+
+
+def check_same(args: argparse.Namespace, script: str, data: str) -> None:
+    """`fail`, naming who has what, if flags, code, data or torch of a rank are not rank 0's.
+
+    Args:
+        args: the flags; those that name folders and files are each node's own.
+        script: `__file__` of the calling `train.py`; code is what stands in its folder and in `common`.
+        data: the checksum of the training data.
+    """
+    own = ["data_dir", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
+    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
+    folders = (Path(script).parent, Path(__file__).parent)
+    code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
+    mine |= {"code": f"{zlib.crc32(code):08x}", "data": data, "torch": torch.__version__}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), mine))
+    first_host, first = ranks[0]
+    differences = [
+        f"rank {rank} on {host} has {name} {theirs.get(name)}, rank 0 on {first_host} has {first[name]}"
+        for rank, (host, theirs) in enumerate(ranks)
+        for name in first
+        if theirs.get(name) != first[name]
+    ]
+    if differences:
+        fail(f"{'; '.join(differences[:6])}: make the nodes the same")
+
+
+def disk_mates(folder: Path) -> list[int]:
+    """The ranks whose `folder` is the same as this rank's, itself included; all ranks must call it.
+
+    Each rank puts a mark into its own, and looks whose marks it sees. Makes the folder; `fail`s if it can't.
+    """
+    snapshot.check_folder(folder)
+    mark = folder / f".snapshot-{uuid.uuid4()}.tmp"  # the next save would clear it away
+    mark.touch()
+    marks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(marks, mark.name)
+    mates = [rank for rank, name in enumerate(marks) if (folder / name).exists()]
+    dist.barrier()  # marks stay, and nobody saves, until all have looked
+    mark.unlink(missing_ok=True)
+    return mates
+
+
+# --- To end well
+
+
+def let_go() -> None:
+    """In the `finally` before `destroy_process_group`: lets that work, and keeps the first error in sight.
+
+    An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows
+    the first rank's error and ends this rank. If nothing ends it, that one went without a word, or hangs;
+    then this error is all there is, with a note where to look.
+
+    While something holds the process group (DDP, a mesh, the frames of a traceback), gloo's threads go on,
+    and now and then abort the process in the middle of Python's own end.
+    """
+    error = sys.exception()
+    if isinstance(error, RuntimeError):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if Control.signal and "by peer" in str(error):
+            os.kill(os.getpid(), signal.SIGTERM)  # the launcher's came before the lost connection was seen
+        seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        time.sleep(5)
+    if error:
+        traceback.clear_frames(error.__traceback__)
+    for mesh in gc.get_objects():
+        if type(mesh) is DeviceMesh:  # DTensor's caches keep meshes for ever, and with them the groups
+            getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()
+    if error and dist.group.WORLD and "nccl" in dist.get_backend_config():
+        dist.group.WORLD.abort()  # destroying waits for the other ranks, and they wait for this one
