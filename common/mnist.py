@@ -36,9 +36,7 @@ MOST = 10_000_000  # synthetic digits, 8 GB of pixels
 class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Images uint8 (N, 28, 28) and labels int64 (N,), handed out a whole batch at a time.
 
-    Attributes:
-        name: `mnist` or `synthetic-N`; snapshots and metrics carry it.
-        fallback: why these are not the digits that were asked for; empty when they are.
+    `name` is `mnist` or `synthetic-N`; `fallback` says why these are not the digits that were asked for.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, name: str, fallback: str = ""):
@@ -46,9 +44,6 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
@@ -76,26 +71,20 @@ def keep_batch(batch: Any) -> Any:
 
 
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
-    """The training and the test set.
+    """MNIST's training and test set from `data_dir/MNIST/raw`, downloaded if need be; or synthetic ones.
 
-    Args:
-        data_dir: MNIST is read from `data_dir/MNIST/raw`, and downloaded to it when it is not there.
-        num_samples: this many synthetic training digits instead, and a sixth of it to test on.
-
-    Exits with one line (`fail`) when the files are damaged, the folder cannot be written, or
-    `num_samples` is above `MOST`. Without a network and without files it returns 60,000 synthetic
-    digits whose `fallback` says so.
+    `num_samples` asks for so many synthetic training digits, `MOST` at most, and a sixth of it to test
+    on; without a network and without files there are 60,000, and their `fallback` says so. `fail`s when
+    files are damaged or the folder cannot be written.
     """
     if num_samples is not None:
         if num_samples > MOST:
             fail(f"--num-samples {num_samples}: must be {MOST:,} at most, they are kept in memory")
         return synthetic(num_samples)
     raw = data_dir / "MNIST" / "raw"
-    problem = download(data_dir, raw)
-    if problem:
-        return synthetic(
-            FALLBACK, f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
-        )
+    if problem := download(data_dir, raw):
+        said = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
+        return synthetic(FALLBACK, said)
     train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
     return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
 
@@ -148,8 +137,7 @@ def download(data_dir: Path, raw: Path) -> str:
             if failure.exists() and failure.stat().st_mtime >= asked:
                 return failure.read_text()
             failure.unlink(missing_ok=True)
-            problem = fetch(data_dir, raw)
-            if problem:
+            if problem := fetch(data_dir, raw):
                 failure.write_text(problem)
             return problem
     except OSError as error:

@@ -109,8 +109,7 @@ def check_torchrun() -> None:
     """`fail` unless the environment is torchrun's (docs.pytorch.org/docs/stable/elastic/run.html)."""
     how = f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}"
     numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT")
-    missing = [name for name in (*numbers, "MASTER_ADDR") if name not in os.environ]
-    if missing:
+    if missing := [name for name in (*numbers, "MASTER_ADDR") if name not in os.environ]:
         fail(f"not set: {', '.join(missing)}; {how}")
     for name in numbers:
         if not re.fullmatch(r"\d{1,9}", os.environ[name]):

@@ -1,7 +1,4 @@
-"""What ranks owe each other besides gradients: to stop after the same step, to start alike, to end well.
-
-Without a process group, as in step 01, all of it is about this process alone.
-"""
+"""What ranks owe each other besides gradients: to stop after the same step, to start alike, to end well."""
 
 import argparse
 import contextlib
@@ -27,8 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from common import snapshot
 from common.options import fail
 from common.reporting import Reporter
-
-# --- To stop after the same step
 
 SECONDS = 0.1  # between two votes, or the length of a step, if that is more
 STEPS = 10  # between two votes at most: the steps may become longer
@@ -92,9 +87,6 @@ class Control:
         sys.exit(128 + number)
 
 
-# --- Random numbers
-
-
 def rng_states() -> list[dict[str, torch.Tensor]]:
     """The state of every rank's random numbers, CPU and GPU; all ranks must call it."""
     mine = {"cpu": torch.get_rng_state()}
@@ -127,9 +119,6 @@ def resume(state: dict[str, Any], report: Reporter) -> None:
     report.say(f"resumed from {report.args.snapshot_dir}: epoch {state['epoch']}, step {step}")
 
 
-# --- To start alike
-
-
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
     """Around `init_process_group`: one line when the ranks do not find each other."""
@@ -141,12 +130,9 @@ def meeting() -> Iterator[None]:
 
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
-    """`fail`, naming who has what, if flags, code, data or torch of a rank are not rank 0's.
+    """`fail`, naming who has what, if flags, code, data (its checksum) or torch of a rank are not rank 0's.
 
-    Args:
-        args: the flags; those that name folders and files are each node's own.
-        script: `__file__` of the calling `train.py`; code is what stands in its folder and in `common`.
-        data: the checksum of the training data.
+    Code is what stands in `common` and in the folder of `script`, the calling train.py's `__file__`.
     """
     own = ["data_dir", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
@@ -180,9 +166,6 @@ def disk_mates(folder: Path) -> list[int]:
     dist.barrier()  # marks stay, and nobody saves, until all have looked
     mark.unlink(missing_ok=True)
     return mates
-
-
-# --- To end well
 
 
 def let_go() -> None:

@@ -55,8 +55,7 @@ def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to the file `path` in one go: it is there whole, or as it was. Raises OSError."""
-    # Through memory, so that whatever the disk objects to arrives as an OSError.
-    content = io.BytesIO()
+    content = io.BytesIO()  # so that whatever the disk objects to arrives as an OSError
     torch.save(state, content)
     # Of the whole file: zip's own leave out the names and places of what is in it.
     content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))
@@ -66,7 +65,6 @@ def write(path: Path, state: dict[str, Any]) -> None:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        # The name changes hands in one go, and only when the bytes are on the disk.
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError:

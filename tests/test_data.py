@@ -204,8 +204,8 @@ def test_a_whole_batch_is_what_single_images_make(data_dir):
     indices = [59_999, 0, 7, 7]
     loader = DataLoader(train, batch_size=4, sampler=indices, collate_fn=mnist.keep_batch)
     images, labels = next(iter(loader))
-    assert torch.equal(images, torch.stack([train[i][0] for i in indices]))
-    assert torch.equal(labels, torch.stack([train[i][1] for i in indices]))
+    assert torch.equal(images, torch.stack([train.images[i] for i in indices]))
+    assert torch.equal(labels, torch.stack([train.labels[i] for i in indices]))
 
 
 def test_it_reads_what_torchvision_reads(data_dir):
