@@ -80,6 +80,8 @@ class Control:
 
     def leave(self, number: int, report: Reporter, global_step: int) -> None:
         """End with the status that shells give to a signal, when all ranks have come here."""
+        if self.counting:  # nobody leaves in the middle of a vote
+            self.counting.wait()
         if self.group:  # the launcher kills the rest 30 s after the first has left
             dist.barrier(group=self.group)
         name = signal.Signals(number).name
