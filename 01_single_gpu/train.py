@@ -56,7 +56,7 @@ class Trainer:
             if stop or self.report.is_due():
                 self.report.train(self.epoch, self.global_step, torch.stack(losses).tolist())
                 losses = []
-            if stop or snapshot.is_due(self.args, self.global_step):
+            if stop or self.report.save_is_due(self.global_step):
                 self.save_snapshot()
             if stop:
                 self.control.leave(stop, self.report, self.global_step)

@@ -84,7 +84,7 @@ class Trainer:
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or snapshot.is_due(self.args, self.global_step):
+            if stop or self.report.save_is_due(self.global_step):
                 self.save_snapshot()
             if stop:
                 self.control.leave(stop, self.report, self.global_step)

@@ -89,7 +89,7 @@ class Trainer:
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or snapshot.is_due(self.args, self.global_step):
+            if stop or self.report.save_is_due(self.global_step):
                 self.save_snapshot()
             if stop:
                 self.control.leave(stop, self.report, self.global_step)
@@ -151,7 +151,7 @@ class Trainer:
         )
 
     def load_snapshot(self):
-        state = snapshot.load_newest(self.args)
+        state = snapshot.load_newest(self.args, alike=False)
         # A node may be new, or behind: all go on from the newest snapshot that any of them has.
         found = [None] * self.world_size
         dist.all_gather_object(found, state["global_step"] if state else -1)

@@ -143,8 +143,9 @@ class Saver:
         try:
             writing.result()
             if dist.get_rank() == 0:
-                finish(self.folder, state)
+                path = finish(self.folder, state)
                 sweep(self.folder)
+                snapshot.tell(self.args, path)
         except dcp.CheckpointException as error:  # the same on all ranks
             rank, (reason, _) = next(iter(error.failures.items()))
             reason = str(reason).splitlines()[0]  # not always the one that the disk gave

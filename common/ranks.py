@@ -26,7 +26,7 @@ from common.options import fail
 from common.reporting import Reporter
 
 SECONDS = 0.1  # between two votes, or the length of a step, if that is more
-STEPS = 10  # between two votes at most: the steps may become longer
+STEPS = 5  # between two votes at most: the steps may become longer
 
 
 class Control:
@@ -184,7 +184,7 @@ def let_go() -> None:
     if isinstance(error, RuntimeError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if Control.signal and "by peer" in str(error):
-            os.kill(os.getpid(), signal.SIGTERM)  # the launcher's came before the lost connection was seen
+            os._exit(128 + Control.signal)  # the launcher's came before the lost connection was seen
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
         error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
         time.sleep(5)

@@ -97,6 +97,11 @@ class Reporter:
         """Whether the batch that `progress` has just handed out is to be reported, or is the last."""
         return self.batch % LOG_EVERY == 0 or self.batch == self.batches
 
+    def save_is_due(self, global_step: int) -> bool:
+        """Whether `--save-every` asks for a snapshot now; the last step of an epoch is saved anyway."""
+        every = self.args.save_every
+        return bool(every) and global_step % every == 0 and self.batch < self.batches
+
     def train(self, epoch: int, global_step: int, losses: list[float]) -> None:
         """Report the steps since the last call: `losses` are theirs, each the mean over the global batch."""
         now = time.perf_counter()

@@ -37,11 +37,6 @@ def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def is_due(args: argparse.Namespace, global_step: int) -> bool:
-    """Whether `--save-every` asks for a snapshot of this step."""
-    return bool(args.save_every) and global_step % args.save_every == 0
-
-
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What a run and the snapshot that it resumes from must have in common."""
     return {"format": FORMAT, "run": args.run, "precision": args.precision, "seed": args.seed}
@@ -95,9 +90,14 @@ def save(args: argparse.Namespace, **state: Any) -> Path:
             old.unlink(missing_ok=True)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
+    tell(args, path)
+    return path
+
+
+def tell(args: argparse.Namespace, path: Path) -> None:
+    """With `--verbose`, say who has saved what."""
     if args.verbose:
         print(f"[rank {dist.get_rank() if dist.is_initialized() else 0}] saved {path}", flush=True)
-    return path
 
 
 def read(path: Path) -> tuple[dict[str, Any], str]:
@@ -132,14 +132,30 @@ def check_folder(folder: Path) -> None:
         fail(f"cannot write to {folder}: {error.strerror}; {REMEDY}")
 
 
-def load_newest(args: argparse.Namespace, read_shards: Any = None) -> dict[str, Any] | None:
+def load_newest(
+    args: argparse.Namespace, read_shards: Any = None, alike: bool = True
+) -> dict[str, Any] | None:
     """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
 
     A damaged one is reported by name and the one before it is taken. `fail`s when none is whole (rather
     than start afresh over them), when it is of another run, precision, seed or format, and now, not after
     an hour of training, when the folder cannot be written. The learning rate is `args.lr`: the flag wins.
-    With `read_shards`, which is then used in the place of `read`, snapshots are step 05's folders.
+    With `read_shards`, which is then used in the place of `read`, snapshots are step 05's folders. All
+    ranks call this; if they must start `alike`, it `fail`s when one of them finds what others do not.
     """
+    state = find_newest(args, read_shards)
+    if alike and dist.is_initialized():
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
+        if len(set(found)) > 1:
+            fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
+    for group in (state.get("param_groups") or state["optimizer"]["param_groups"]) if state else []:
+        group["lr"] = args.lr
+    return state
+
+
+def find_newest(args: argparse.Namespace, read_shards: Any) -> dict[str, Any] | None:
+    """This rank's part of `load_newest`."""
     folder, sharded = args.snapshot_dir, read_shards is not None
     check_folder(folder)
     paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
@@ -164,6 +180,4 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None) -> dict[str, 
                 f"{path} was made with {name} {state.get(name)}, this run has {name} {ours}: "
                 "use the same, or another --snapshot-dir"
             )
-    for group in state.get("param_groups") or state["optimizer"]["param_groups"]:
-        group["lr"] = args.lr
     return state

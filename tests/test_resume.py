@@ -11,6 +11,7 @@ from helpers import (
     SHARDED,
     command,
     disagreements,
+    errors,
     finish,
     kill,
     largest_difference,
@@ -127,6 +128,22 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
     difference = largest_difference(run.weights, whole["01"].weights)
     print(f"without {forgotten}: {len(run.losses)} steps, weights {difference:.1e}")
     assert difference > 1e-10 or len(run.losses) != 15
+
+
+@pytest.mark.parametrize("step", ["02", SHARDED])
+def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
+    """As when one of them reads a folder that is out of date."""
+    root = planted(tmp_path / "root", step)
+    planted(root, "common/snapshot.py", ("    if not paths:", "    if not paths or dist.get_rank() == 1:"))
+    interrupted(whole, tmp_path, step)
+    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--use-gpu=0"]
+    status, _, err = finish(start([*command(step, 2, root), *flags], tmp_path))
+    print(errors(err))
+    assert status != 0
+    assert errors(err) == [
+        "error: the ranks do not start from the same place (run, step): "
+        "[('cnn-synthetic-233', 80), ('cnn-synthetic-233', None)]; use one disk for all"
+    ]
 
 
 # A model with dropout, which the ones here do without. Each process writes down the masks that it draws.
