@@ -126,8 +126,10 @@ def interrupt(
             wait_until(lambda: stuck.is_reached() or life.poll() is not None, "a save that is stuck")
             moment = f"in the save of {stuck.pipe.parent.name}/{stuck.pipe.name}"
         elif kind.endswith("early"):
-            time.sleep(seconds := rng.uniform(0, 0.8))
-            moment = f"{seconds:.2f} s after its start"
+            end = time.monotonic() + (seconds := rng.uniform(0, 0.8))
+            # Its first line comes before its first step, on a fast machine long before the end of this time.
+            wait_until(lambda: time.monotonic() > end or life.out or life.poll() is not None, "the start")
+            moment = f"{seconds:.2f} s after its start, or at its first line"
         else:
             wait_for_step(life, folder / "snapshots", due)
             time.sleep(seconds := rng.uniform(0, 0.1))
