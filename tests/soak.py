@@ -199,8 +199,9 @@ def interrupted_run(
             kind = (
                 "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
             )
-        if kind.endswith("in a save"):
-            # Ranks without a launcher would run into the pipe, and stay there.
+        if kind.endswith("in a save") or kind in ("SIGTERM", "Ctrl-C"):
+            # Ranks without a launcher save and leave. They would run into the pipe, and stay there; or save
+            # the step for which this life is to get its signal.
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         stuck = StuckSave(step, folder, rng) if kind.endswith("in a save") else None
         # Each interruption comes in its own part of what is left.
