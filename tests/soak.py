@@ -194,15 +194,15 @@ def interrupted_run(
     done: list[str] = []
     ranks_were: list[int] = []
     for number, kind in enumerate(kinds):
+        if kind.endswith("in a save") or kind in ("SIGTERM", "Ctrl-C"):
+            # Ranks without a launcher save and leave. They would run into the pipe, and stay there; or save
+            # the step for which this life is to get its signal.
+            wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         before = last_saved(folder / "snapshots")
         if kind.endswith("in a save") and before and before % EPOCH == 0:
             kind = (
                 "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
             )
-        if kind.endswith("in a save") or kind in ("SIGTERM", "Ctrl-C"):
-            # Ranks without a launcher save and leave. They would run into the pipe, and stay there; or save
-            # the step for which this life is to get its signal.
-            wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         stuck = StuckSave(step, folder, rng) if kind.endswith("in a save") else None
         # Each interruption comes in its own part of what is left.
         part = (LAST - ROOM - before) // (len(kinds) - number)
