@@ -203,6 +203,13 @@ def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
         difference == 0.0,
     ]
     assert all(right) == (without == "nothing"), right
+    if step == "01":  # and from a later snapshot
+        interrupted({step: uninterrupted}, tmp_path / "later", step)
+        last = "snapshot-00000090.pt"
+        shutil.copy(uninterrupted.snapshot_dir / last, tmp_path / "later" / "snapshots")
+        run = train(step, ranks, tmp_path / "later", *FLAGS, batch, root=root)
+        assert len(run.losses) == 5
+        assert largest_difference(run.weights, uninterrupted.weights) == 0.0
 
 
 @pytest.mark.parametrize("step", ["02", SHARDED])
