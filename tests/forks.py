@@ -18,6 +18,7 @@ are about these start a real process: `start(…, real=True)` in helpers.py.
 import array
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import json
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
+STACKS = signal.SIGUSR1  # lets a fork, and what it forks, print where each of its threads stands
 DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -86,6 +88,7 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         with_default_signals()
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent waits until one of them is closed
         gc.enable()  # which Popen has turned off
+        faulthandler.register(STACKS)  # for a test that finds this process, or its ranks, hanging
         # What the parent has made since it was the server is not this process's.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # its temporary folders stay
         atexit._clear()
@@ -153,8 +156,7 @@ def serve(path: str) -> None:
     import torchvision.datasets
     import torchvision.models  # noqa: F401
 
-    fork = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
-    torch.multiprocessing.spawn = fork  # type: ignore[assignment]
+    torch.multiprocessing.spawn = spawn
     PATH.extend(sys.path)
     MODULES.update(sys.modules)
     listener = socket.socket(socket.AF_UNIX)
@@ -173,6 +175,33 @@ def serve(path: str) -> None:
     finally:
         for job in jobs.values():
             job.kill()
+
+
+def spawn(fn: Any, args: Any, nprocs: int, join: bool) -> Any:
+    """Stands in for mp.spawn: forks, which begin when the last of them is there.
+
+    The parent serves the ranks' store, in a thread. A fork made while that thread answers the rank before
+    would inherit the locks that it holds just then, and wait for them for ever.
+    """
+    import torch.multiprocessing as mp
+
+    gate = os.pipe()
+    rank = functools.partial(behind, gate, fn)
+    context = mp.start_processes(rank, args, nprocs, join=False, start_method="fork")
+    for end in gate:
+        os.close(end)
+    while join and not context.join():
+        pass
+    return context
+
+
+def behind(gate: tuple[int, int], fn: Any, *args: Any) -> None:
+    """Wait until nobody can open the `gate` any more: the parent and all ranks have closed its end."""
+    read, write = gate
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    fn(*args)
 
 
 def answer(listener: socket.socket, wake: int, jobs: dict[socket.socket, Fork]) -> None:

@@ -120,7 +120,9 @@ class Started:
             assert self.poll() is None or re.search(pattern, self.out), (
                 f"it ended without '{pattern}'\n{self.story}"
             )
-            assert time.monotonic() < end, f"no '{pattern}' within {seconds} s\n{self.story}"
+            if time.monotonic() > end:
+                show_stacks(self)
+                raise AssertionError(f"no '{pattern}' within {seconds} s\n{self.story}")
             time.sleep(0.01)
         return match
 
@@ -141,6 +143,7 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
     try:
         status = process.process.wait(timeout)
     except subprocess.TimeoutExpired:
+        show_stacks(process)
         kill([*children(process.pid), process.pid])
         process.process.wait(30)
         raise AssertionError(f"it hung: no end within {timeout} s\n{process.story}") from None
@@ -148,6 +151,15 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return status, process.out, process.err
+
+
+def show_stacks(process: Started) -> None:
+    """Let the processes of a command that hangs print where; not those that `real=True` has started."""
+    if isinstance(process.process, forks.Job):
+        pids = [process.pid, *children(process.pid)]
+        kill(pids, forks.STACKS)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: process.err.count("most recent call first") >= len(pids), "stacks", 5)
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
