@@ -145,7 +145,8 @@ class Saver:
             if dist.get_rank() == 0:
                 path = finish(self.folder, state)
                 sweep(self.folder)
-                snapshot.tell(self.args, path)
+                if self.args.verbose:
+                    print(f"[rank 0] saved {path}", flush=True)
         except dcp.CheckpointException as error:  # the same on all ranks
             rank, (reason, _) = next(iter(error.failures.items()))
             reason = str(reason).splitlines()[0]  # not always the one that the disk gave

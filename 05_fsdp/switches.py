@@ -1,6 +1,7 @@
 """What step 05's less common switches do, each where train.py calls it."""
 
 import functools
+import gc
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,13 @@ def make_mesh(args, device):
     columns, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout)
     names = ("replicate", "shard")
     return DeviceMesh.from_group([columns, rows], device.type, ranks, mesh_dim_names=names)
+
+
+def forget_meshes():
+    """At a rank's end: DTensor's caches keep meshes for ever, and with them the process groups."""
+    for mesh in gc.get_objects():
+        if type(mesh) is DeviceMesh:
+            getattr(mesh, "_pg_registry", {}).clear()
 
 
 def keep_batch_norm(model, fsdp):

@@ -53,6 +53,7 @@ def worker(args):
     try:
         main(args, device)
     finally:
+        switches.forget_meshes()  # DTensor keeps them, and they keep the group
         let_go()  # frees FSDP and whatever else uses the group, also after an error
         dist.destroy_process_group()
 

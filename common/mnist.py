@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 from common.options import fail, warn
 from common.synthetic import synthetic_digits
@@ -30,25 +30,21 @@ FILES = {
 }
 
 FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
-MOST = 10_000_000  # synthetic digits, 8 GB of pixels
 
 
-class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class Digits(TensorDataset):
     """Images uint8 (N, 28, 28) and labels int64 (N,), handed out a whole batch at a time.
 
     `name` is `mnist` or `synthetic-N`; `fallback` says why these are not the digits that were asked for.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, name: str, fallback: str = ""):
+        super().__init__(images, labels)
         self.images, self.labels, self.name, self.fallback = images, labels, name, fallback
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
-        rows = torch.tensor(indices, dtype=torch.int64)
-        return self.images[rows], self.labels[rows]
+        return self[torch.tensor(indices, dtype=torch.int64)]
 
     def checksum(self) -> str:
         """Of name and content, to compare nodes by."""
@@ -58,41 +54,28 @@ class Digits(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 def fast(device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments that let it load `Digits` fast, and draw no random numbers.
 
-    `__getitems__` has already made the batch; pinned memory can be copied to a GPU while that computes.
-    The loader draws a seed for workers at the start of each epoch, by default from the generator whose
-    state the snapshots keep: a run that is resumed in mid-epoch would draw one more.
+    `__getitems__` has already made the batch, a tuple, which `tuple` returns as it is. Pinned memory can
+    be copied to a GPU while that computes. The loader draws a seed for workers at the start of each epoch,
+    by default from the generator whose state the snapshots keep: a resumed run would draw one more.
     """
-    pin = device.type == "cuda"
-    return {"collate_fn": keep_batch, "pin_memory": pin, "generator": torch.Generator()}
-
-
-def keep_batch(batch: Any) -> Any:
-    return batch
+    return {"collate_fn": tuple, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
 
 
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
     """MNIST's training and test set from `data_dir/MNIST/raw`, downloaded if need be; or synthetic ones.
 
-    `num_samples` asks for so many synthetic training digits, `MOST` at most, and a sixth of it to test
-    on; without a network and without files there are 60,000, and their `fallback` says so. `fail`s when
-    files are damaged or the folder cannot be written.
+    `num_samples` asks for so many synthetic training digits, and a sixth of it to test on; without a
+    network and without files there are 60,000, and their `fallback` says so. `fail`s when files are
+    damaged or the folder cannot be written.
     """
-    if num_samples is not None:
-        if num_samples > MOST:
-            fail(f"--num-samples {num_samples}: must be {MOST:,} at most, they are kept in memory")
-        return synthetic(num_samples)
-    raw = data_dir / "MNIST" / "raw"
-    if problem := download(data_dir, raw):
-        said = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
-        return synthetic(FALLBACK, said)
-    train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
-    return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
-
-
-def synthetic(count: int, fallback: str = "") -> tuple[Digits, Digits]:
-    """`count` training and `count // 6` test digits (as many as MNIST has for its 60,000), at least 1."""
-    if fallback:
+    raw, fallback = data_dir / "MNIST" / "raw", ""
+    if num_samples is None:
+        if not (problem := download(data_dir, raw)):
+            train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
+            return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
+        fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
         warn(fallback)
+    count = num_samples or FALLBACK
     name = f"synthetic-{count}"
     # Fixed seeds: the data is the same whatever `--seed` says, and on every rank.
     train, test = synthetic_digits(count, seed=0), synthetic_digits(max(1, count // 6), seed=1)
@@ -136,7 +119,6 @@ def download(data_dir: Path, raw: Path) -> str:
             # Somebody tried while this process waited for the lock: all of them go by the same answer.
             if failure.exists() and failure.stat().st_mtime >= asked:
                 return failure.read_text()
-            failure.unlink(missing_ok=True)
             if problem := fetch(data_dir, raw):
                 failure.write_text(problem)
             return problem
@@ -150,14 +132,13 @@ def fetch(data_dir: Path, raw: Path) -> str:
 
     partial = data_dir / ".mnist-partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed has left
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # torchvision sets none: a firewall that drops packets would hang us
     try:
         MNIST(partial, download=True)
     except (RuntimeError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         return (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)
     # A file appears in `raw` under its name when it is whole, not before.
     raw.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -1,6 +1,7 @@
 """The flags that every step shares, and the one way of telling a user what went wrong."""
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -38,8 +39,6 @@ def warn(message: str) -> None:
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that answers a bad flag with one line and takes `--batch_size` for `--batch-size`."""
 
-    torchrun = False
-
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)")
 
@@ -47,10 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Only the flag's name: an underscore behind "=" belongs to the value.
         words = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), word) for word in words]
-        parsed = super().parse_known_args(words, namespace)
-        if self.torchrun:
-            check_torchrun()
-        return parsed
+        return super().parse_known_args(words, namespace)
 
 
 def whole_number(text: str, low: int = 1, high: int = 10**9, step: int = 1) -> int:
@@ -63,28 +59,27 @@ def whole_number(text: str, low: int = 1, high: int = 10**9, step: int = 1) -> i
 
 def positive_float(text: str) -> float:
     """A finite float above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not '{text}'")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not '{text}'")
 
 
 def make_parser(script: str, description: str, torchrun: bool = False) -> OneLineParser:
     """The parser with the flags of all five steps, for a train.py with this `__file__` and docstring.
 
-    With `torchrun`, its `parse_args` `fail`s if torchrun has not started this process.
+    With `torchrun`, it `fail`s if torchrun has not started this process, unless that asks for help.
     """
+    if torchrun and not {"-h", "--help"} & set(sys.argv):
+        check_torchrun()
     step = Path(script).resolve().parent.name
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.torchrun = torchrun
     parser.set_defaults(step=step, accumulate=1)  # which steps 04 and 05 make a flag
     seed = functools.partial(whole_number, low=0, high=2**32 - 1)  # to which the epoch is added
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
+    digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
@@ -93,7 +88,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
     add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
-    add("--num-samples", type=whole_number, metavar="N", help="train on N synthetic digits, not MNIST")
+    add("--num-samples", type=digits, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
@@ -127,22 +122,16 @@ def check_torchrun() -> None:
 
 
 def name_run(args: argparse.Namespace, model: str, dataset: str, caveat: str = "") -> None:
-    """Add `run`, `dataset`, `caveat` to `args`, and the default of `--snapshot-dir`.
-
-    Runs of another model (its name says its size) or data set cannot go on from each other's snapshots.
-    The `caveat` is what the run's last line is to say about the data, if anything.
-    """
+    """Add to `args` what snapshots must share to go on from, and what the last line is to say of the data."""
     args.run, args.dataset, args.caveat = f"{model}-{dataset}", dataset, caveat
     args.snapshot_dir = args.snapshot_dir or Path("checkpoints", args.step, args.run)
 
 
-def pick_device(
-    use_gpu: int | None, local_rank: int = 0, local_world_size: int | None = None
-) -> torch.device:
+def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 0) -> torch.device:
     """The device of one of this machine's processes: GPU number `local_rank`, or its share of the cores.
 
-    `use_gpu` None takes GPUs if there are any, 1 falls back to the CPU with a warning. `fail`s when this
-    machine has fewer GPUs than processes: `local_world_size`, by default as torchrun says, or one.
+    `use_gpu` None takes GPUs if there are any, 1 falls back to the CPU with a warning. `fail`s when there
+    are more processes (`local_world_size`, by default torchrun's) than GPUs.
     """
     os.environ["LOCAL_RANK"] = str(local_rank)
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -152,7 +141,6 @@ def pick_device(
         if use_gpu == 1:
             warn("--use-gpu 1, but CUDA is not available here: training on the CPU instead")
         return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if local_world_size > gpus:
+    if local_world_size > (gpus := torch.cuda.device_count()):
         fail(f"{local_world_size} processes, but GPUs: {gpus}; start as many, or add --use-gpu 0")
     return torch.device("cuda", local_rank)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that for ever
-from torch.distributed.device_mesh import DeviceMesh
 
 from common import snapshot
 from common.options import fail
@@ -33,8 +32,8 @@ class Control:
     """Lets all ranks stop after the same step when one of them is told to.
 
     A rank that left alone would let the others wait for it in their next collective. So the ranks vote,
-    over gloo, beside the training: a vote begins in one step and is read in a later one, when it has long
-    been counted. A rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
+    over gloo, beside the training: a vote begins in one step and is read in the next, when it has long been
+    counted. A rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
     """
 
     signal = 0  # the last that this process has had
@@ -45,7 +44,7 @@ class Control:
         self.group: Any = None
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-        self.step = self.begun = self.next = 0
+        self.step = self.next = 0
         self.clock = time.perf_counter()
         self.ballot: Any = None
         self.counting: Any = None
@@ -60,32 +59,25 @@ class Control:
         """0, or the number of the signal to stop for: the same on all ranks, which call this in each step."""
         if self.group is None:
             return self.signal
-        self.step += 1
-        if self.step < self.next:
-            return 0
         stop, now = 0, time.perf_counter()
+        took, self.clock, self.step = now - self.clock, now, self.step + 1
         if self.counting:  # a vote that has begun in the step before
             self.counting.wait()
             stop, slowest = self.ballot.tolist()
             # From a number that all ranks have: they begin the next vote in the same step, too.
             self.counting, steps = None, int(SECONDS * 1e6 / max(1, slowest))
-            self.next = self.begun + max(1, min(STEPS, steps))
-        if self.step >= self.next:
+            self.next = self.step - 1 + max(1, min(STEPS, steps))
+        if not stop and self.step >= self.next:
             gone = os.getppid() != self.launcher
-            took = (now - self.clock) / (self.step - self.begun)
             self.ballot = torch.tensor([signal.SIGTERM if gone else self.signal, int(took * 1e6)])
             self.counting = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
-            self.clock, self.begun, self.next = now, self.step, self.step + 1
         return stop
 
     def leave(self, number: int, report: Reporter, global_step: int) -> None:
         """End with the status that shells give to a signal, when all ranks have come here."""
-        if self.counting:  # nobody leaves in the middle of a vote
-            self.counting.wait()
         if self.group:  # the launcher kills the rest 30 s after the first has left
             dist.barrier(group=self.group)
-        name = signal.Signals(number).name
-        report.say(f"{name}: saved at step {global_step}; run the same again to go on")
+        report.say(f"{signal.Signals(number).name}: saved at step {global_step}; run the same again to go on")
         sys.exit(128 + number)
 
 
@@ -104,9 +96,8 @@ def rng_states() -> list[dict[str, torch.Tensor]]:
 def resume(state: dict[str, Any], report: Reporter) -> None:
     """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
 
-    At another world size than that of the snapshot each rank begins a new stream of random numbers, which
-    follows from seed, step and rank. `state["samples_seen"]` is rounded up to a multiple of the world
-    size: fewer images than that are left out.
+    At another world size each rank begins a new stream of random numbers, which follows from seed, step and
+    rank. `state["samples_seen"]` is rounded up to a multiple of the world size: a few images are left out.
     """
     ranks, step = report.world_size, state["global_step"]
     state["samples_seen"] = -(-state["samples_seen"] // ranks) * ranks
@@ -127,8 +118,7 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except dist.DistError as error:
-        first = str(error).splitlines()[0]
-        fail(f"the ranks do not meet: {first}; is the port free, is every rank started?")
+        fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
 
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
@@ -144,14 +134,11 @@ def check_same(args: argparse.Namespace, script: str, data: str) -> None:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (socket.gethostname(), mine))
     first_host, first = ranks[0]
-    differences = [
-        f"rank {rank} on {host} has {name} {theirs.get(name)}, rank 0 on {first_host} has {first[name]}"
-        for rank, (host, theirs) in enumerate(ranks)
-        for name in first
-        if theirs.get(name) != first[name]
-    ]
-    if differences:
-        fail(f"{'; '.join(differences[:6])}: make the nodes the same")
+    for rank, (host, theirs) in enumerate(ranks):
+        for name, value in first.items():
+            if theirs.get(name) != value:
+                others = f"rank {rank} on {host} has {name} {theirs.get(name)}"
+                fail(f"{others}, rank 0 on {first_host} has {value}: make the nodes the same")
 
 
 def disk_mates(folder: Path) -> list[int]:
@@ -174,11 +161,9 @@ def let_go() -> None:
     """In the `finally` before `destroy_process_group`: lets that work, and keeps the first error in sight.
 
     An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows
-    the first rank's error and ends this rank. If nothing ends it, that one went without a word, or hangs;
-    then this error is all there is, with a note where to look.
-
-    While something holds the process group (DDP, a mesh, the frames of a traceback), gloo's threads go on,
-    and now and then abort the process in the middle of Python's own end.
+    the first rank's error and ends this rank. If nothing does, this error is all there is.
+    While something holds the process group (DDP, the frames of a traceback), gloo's threads go on, and now
+    and then abort the process in the middle of Python's own end.
     """
     error = sys.exception()
     if isinstance(error, RuntimeError):
@@ -190,9 +175,6 @@ def let_go() -> None:
         time.sleep(5)
     if error:
         traceback.clear_frames(error.__traceback__)
-    for mesh in gc.get_objects():
-        if type(mesh) is DeviceMesh:  # DTensor's caches keep meshes for ever, and with them the groups
-            getattr(mesh, "_pg_registry", {}).clear()
     gc.collect()
     if error and dist.group.WORLD and "nccl" in dist.get_backend_config():
         dist.group.WORLD.abort()  # destroying waits for the other ranks, and they wait for this one

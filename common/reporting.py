@@ -30,7 +30,6 @@ class Reporter:
         self.global_batch = args.batch_size * args.accumulate * self.world_size
         if self.global_batch > samples:
             fail(f"a step takes {self.global_batch} images, {args.dataset} has {samples}: lower --batch-size")
-        self.bar: tqdm[Any] | None = None
         self.batch = self.batches = 0
         self.images, self.seconds, self.mark = 0, 0.0, 0.0
         self.metrics = self.open_metrics() if self.rank == 0 and args.metrics else None
@@ -80,17 +79,10 @@ class Reporter:
         """The batches of `loader`, with a progress bar when rank 0's output is a terminal."""
         shard = len(loader.sampler)  # type: ignore[arg-type]
         self.detail(f"epoch {epoch + 1}: {shard:,} images in this rank's shard, {len(loader):,} batches")
-        self.bar = tqdm(
-            loader,
-            desc=f"epoch {epoch + 1}/{self.args.epochs}",
-            unit=" steps",
-            leave=False,
-            file=sys.stdout,
-            disable=self.rank != 0 or not sys.stdout.isatty(),
-        )
-        self.mark = time.perf_counter()
-        self.batches = len(loader)
-        for self.batch, batch in enumerate(self.bar, start=1):  # noqa: B020
+        self.mark, self.batches = time.perf_counter(), len(loader)
+        title, hidden = f"epoch {epoch + 1}/{self.args.epochs}", self.rank != 0 or not sys.stdout.isatty()
+        bar = tqdm(loader, title, leave=False, file=sys.stdout, disable=hidden, unit=" steps")
+        for self.batch, batch in enumerate(bar, start=1):
             yield batch
 
     def is_due(self) -> bool:
@@ -108,40 +100,30 @@ class Reporter:
         images, seconds, self.mark = len(losses) * self.global_batch, now - self.mark, now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         loss, rate = sum(losses) / len(losses), images / seconds
-        status = f"loss {loss:.4f}  {rate:,.0f} images/s"
-        if self.bar is None or self.bar.disable:
-            self.say(f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}  {status}")
-        else:
-            self.bar.set_postfix_str(status)
+        where = f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}"
+        self.say(f"{where}  loss {loss:.4f}  {rate:,.0f} images/s")
         batch = self.global_batch // self.world_size
         self.detail(f"step {global_step}: {len(losses)} batches of {batch} in {seconds:.2f} s")
         numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
         self.write("train", epoch=epoch, global_step=global_step, **numbers)
 
-    def evaluation(
-        self, epochs_done: int, global_step: int, losses: float, right: float, count: float
-    ) -> None:
-        """Report a test: the sum of `count` losses, and how many of the answers were `right`."""
+    def evaluation(self, epochs: int, global_step: int, losses: float, right: float, count: float) -> None:
+        """Report a test behind so many epochs: the sum of `count` losses, how many answers were `right`."""
         loss, correct, total = losses / count, int(right), int(count)
-        self.say(
-            f"epoch {epochs_done}/{self.args.epochs}  test loss {loss:.4f}, "
-            f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
-        )
+        result = f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
+        self.say(f"epoch {epochs}/{self.args.epochs}  test loss {loss:.4f}, {result}")
         numbers = {"loss": loss, "accuracy": correct / total, "correct": correct, "total": total}
-        self.write("eval", epoch=epochs_done - 1, global_step=global_step, **numbers)
+        self.write("eval", epoch=epochs - 1, global_step=global_step, **numbers)
 
     def end(self, global_step: int) -> None:
         """Report the speed of the training steps, evaluation left out, and a fallback of the data."""
         rate = self.images / self.seconds if self.images else 0.0
         if self.images:
-            self.say(
-                f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s"
-            )
+            took = f"{self.images:,} images in {self.seconds:.1f} s of training"
+            self.say(f"done: {took}, {rate:,.0f} images/s")
         else:
             folder = self.args.snapshot_dir
             self.say(f"nothing left to train: raise --epochs, or delete {folder} to start afresh")
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.args.caveat:
             warn(self.args.caveat)
-        if self.metrics:
-            self.metrics.close()

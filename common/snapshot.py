@@ -37,15 +37,11 @@ def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def identity(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run and the snapshot that it resumes from must have in common."""
-    return {"format": FORMAT, "run": args.run, "precision": args.precision, "seed": args.seed}
-
-
 def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with the run's identity, and its flags but for paths."""
+    """`state` with what a run must have in common with the one that goes on from it, and its flags."""
     flags = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    return {**state, **identity(args), "flags": flags}
+    same = {"format": FORMAT, "run": args.run, "precision": args.precision, "seed": args.seed}
+    return {**state, **same, "flags": flags}
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -76,11 +72,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save(args: argparse.Namespace, **state: Any) -> Path:
-    """Write `state` to a new file in `args.snapshot_dir`, delete all but the newest three; returns its path.
+def save(args: argparse.Namespace, **state: Any) -> None:
+    """Write `state` to a new file in `args.snapshot_dir`, and delete all but the newest three.
 
-    `state` holds tensors, numbers and strings only, `global_step` among them; this adds the run's
-    identity. `fail`s if it cannot be written; the snapshots before it are untouched.
+    `state` holds tensors, numbers and strings only, `global_step` among them. `fail`s if it cannot be
+    written; the snapshots before it are untouched.
     """
     folder = args.snapshot_dir
     path = folder / f"snapshot-{state['global_step']:08d}.pt"
@@ -90,12 +86,6 @@ def save(args: argparse.Namespace, **state: Any) -> Path:
             old.unlink(missing_ok=True)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
-    tell(args, path)
-    return path
-
-
-def tell(args: argparse.Namespace, path: Path) -> None:
-    """With `--verbose`, say who has saved what."""
     if args.verbose:
         print(f"[rank {dist.get_rank() if dist.is_initialized() else 0}] saved {path}", flush=True)
 
@@ -123,27 +113,41 @@ def check_folder(folder: Path) -> None:
     """Make the folder of the snapshots; `fail` if nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make the folder {folder}: {error.strerror}; choose another --snapshot-dir")
-    try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
     except OSError as error:
         fail(f"cannot write to {folder}: {error.strerror}; {REMEDY}")
 
 
-def load_newest(
-    args: argparse.Namespace, read_shards: Any = None, alike: bool = True
-) -> dict[str, Any] | None:
+def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool = True) -> Any:
     """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
 
-    A damaged one is reported by name and the one before it is taken. `fail`s when none is whole (rather
-    than start afresh over them), when it is of another run, precision, seed or format, and now, not after
-    an hour of training, when the folder cannot be written. The learning rate is `args.lr`: the flag wins.
-    With `read_shards`, which is then used in the place of `read`, snapshots are step 05's folders. All
-    ranks call this; if they must start `alike`, it `fail`s when one of them finds what others do not.
+    A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when it is
+    of another run, precision, seed or format, and now, not after an hour of training, when the folder cannot
+    be written. The learning rate is `args.lr`: the flag wins. With `read_shards`, in the place of `read`,
+    snapshots are step 05's folders. All ranks call this; if they must start `alike`, it `fail`s otherwise.
     """
-    state = find_newest(args, read_shards)
+    folder, sharded = args.snapshot_dir, read_shards is not None
+    check_folder(folder)
+    paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
+    if others and (not paths or step_of(others[0]) > step_of(paths[0])):
+        kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
+        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
+    state: Any = None
+    damaged = []
+    for path in paths:
+        state, problem = (read_shards or read)(path)
+        if not problem:
+            break
+        damaged.append(f"{path} is damaged ({problem})")
+    if damaged and len(damaged) == len(paths):
+        fail(f"{'; '.join(damaged)}; no snapshot is left, delete {folder} to start afresh")
+    for report in damaged:
+        warn(f"{report}; using {path} instead")
+    for name, ours in complete(args, {}).items():
+        if state and name != "flags" and state.get(name) != ours:
+            same = "use the same, or another --snapshot-dir"
+            fail(f"{path} was made with {name} {state.get(name)}, this run has {name} {ours}: {same}")
     if alike and dist.is_initialized():
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
@@ -151,33 +155,4 @@ def load_newest(
             fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
     for group in (state.get("param_groups") or state["optimizer"]["param_groups"]) if state else []:
         group["lr"] = args.lr
-    return state
-
-
-def find_newest(args: argparse.Namespace, read_shards: Any) -> dict[str, Any] | None:
-    """This rank's part of `load_newest`."""
-    folder, sharded = args.snapshot_dir, read_shards is not None
-    check_folder(folder)
-    paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
-    if others and (not paths or step_of(others[0]) > step_of(paths[0])):
-        kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
-        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
-    if not paths:
-        return None
-    damaged = []
-    for path in paths:
-        state, problem = (read_shards or read)(path)
-        if not problem:
-            break
-        damaged.append(f"{path} is damaged ({problem})")
-    else:
-        fail(f"{'; '.join(damaged)}; no snapshot is left, delete {folder} to start afresh")
-    for report in damaged:
-        warn(f"{report}; using {path} instead")
-    for name, ours in identity(args).items():
-        if state.get(name) != ours:
-            fail(
-                f"{path} was made with {name} {state.get(name)}, this run has {name} {ours}: "
-                "use the same, or another --snapshot-dir"
-            )
     return state

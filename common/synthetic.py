@@ -32,11 +32,7 @@ def synthetic_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     Returns `images`, uint8 of shape (count, 28, 28) from 0 (black) to 255 (white), and `labels`, int64
     of shape (count,) from 0 to 9, shuffled, with equally many of each class to within one. The global
     random state is neither read nor changed.
-
-    Raises ValueError if `count` is less than 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randperm(count, generator=generator) % 10
     images = torch.empty(count, SIDE, SIDE, dtype=torch.uint8)

@@ -265,9 +265,9 @@ def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ..
 
 def traced(root: Path) -> Path:
     """Let the data in `root` write down each batch that it hands out; `drawn` reads that."""
-    draws = "rows = torch.tensor(indices, dtype=torch.int64)"
+    draws = "return self[torch.tensor(indices, dtype=torch.int64)]"
     writes = "print('drew', len(self), *indices, file=open(f'drawn-{os.getpid()}', 'a'))"
-    return planted(root, "common/mnist.py", (draws, f"{draws}\n        {writes}"))
+    return planted(root, "common/mnist.py", (draws, f"{writes}\n        {draws}"))
 
 
 def drawn(folder: Path, size: int) -> list[list[list[int]]]:

@@ -202,7 +202,7 @@ def test_a_whole_batch_is_what_single_images_make(data_dir):
     assert train.labels.dtype == torch.int64 and train.labels.shape == (60_000,)
     assert test.images.shape == (10_000, 28, 28) and train.name == "mnist" and not train.fallback
     indices = [59_999, 0, 7, 7]
-    loader = DataLoader(train, batch_size=4, sampler=indices, collate_fn=mnist.keep_batch)
+    loader = DataLoader(train, batch_size=4, sampler=indices, collate_fn=tuple)
     images, labels = next(iter(loader))
     assert torch.equal(images, torch.stack([train.images[i] for i in indices]))
     assert torch.equal(labels, torch.stack([train.labels[i] for i in indices]))

@@ -134,7 +134,11 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
     """As when one of them reads a folder that is out of date."""
     root = planted(tmp_path / "root", step)
-    planted(root, "common/snapshot.py", ("    if not paths:", "    if not paths or dist.get_rank() == 1:"))
+    planted(
+        root,
+        "common/snapshot.py",
+        ("    for path in paths:", "    for path in paths * (dist.get_rank() == 0):"),
+    )
     interrupted(whole, tmp_path, step)
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--use-gpu=0"]
     status, _, err = finish(start([*command(step, 2, root), *flags], tmp_path))

@@ -81,8 +81,8 @@ def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot make the folder" in failure(capsys, flags(tmp_path / "file"))
-    assert "cannot make the folder" in failure(capsys, flags(tmp_path / "file" / "folder"))
+    assert "cannot write to" in failure(capsys, flags(tmp_path / "file"))
+    assert "cannot write to" in failure(capsys, flags(tmp_path / "file" / "folder"))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])

@@ -37,12 +37,6 @@ def test_shapes_and_dtypes(count: int) -> None:
     assert labels.min() >= 0 and labels.max() <= 9
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_count_below_one_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"got {count}"):
-        synthetic_digits(count, seed=0)
-
-
 def test_every_image_is_white_on_black(train_set: tuple[Tensor, Tensor]) -> None:
     images = train_set[0].flatten(1)
     dimmest = int(images.amax(dim=1).min())
