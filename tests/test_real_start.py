@@ -97,7 +97,7 @@ def test_threads_of_gloo(tmp_path, step, case, real):
     elif case == "without the early import":
         planted(tmp_path, "common/ranks.py", ("import torch.distributed.nn ", "# "))
     else:
-        planted(tmp_path, "common/ranks.py", ('getattr(mesh, "_pg_registry", {}).clear()', "pass"))
+        planted(tmp_path, "05_fsdp/switches.py", ('getattr(mesh, "_pg_registry", {}).clear()', "pass"))
     planted(tmp_path, step, *edits)
     flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
     _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path, real))
