@@ -101,7 +101,7 @@ class Trainer:
         total = 0
         self.optimizer.zero_grad()
         for i, part in enumerate(parts, start=1):
-            # Gradients add up on each rank. The ranks average them once, behind the last part.
+            # Gradients add up on each rank. The ranks average them once, in the last backward().
             with contextlib.nullcontext() if i == len(parts) else self.ddp_model.no_sync():
                 with self.autocast:
                     loss = self.loss(*part) / len(parts)
