@@ -27,8 +27,7 @@ class Normalized(nn.Module):
 def cnn(args: argparse.Namespace) -> nn.Module:
     """Two convolutions and two linear layers, 206,922 parameters.
 
-    No dropout and no batch norm: every sample's gradient is independent of the batch it is in,
-    so that one process and several compute the same step.
+    No dropout, no batch norm: a sample's gradient does not depend on its batch, nor a step on the world size.
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, kernel_size=3, padding=1),

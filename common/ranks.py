@@ -133,12 +133,14 @@ def check_same(args: argparse.Namespace, script: str, data: str) -> None:
     mine |= {"code": f"{zlib.crc32(code):08x}", "data": data, "torch": torch.__version__}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (socket.gethostname(), mine))
-    first_host, first = ranks[0]
-    for rank, (host, theirs) in enumerate(ranks):
-        for name, value in first.items():
-            if theirs.get(name) != value:
-                others = f"rank {rank} on {host} has {name} {theirs.get(name)}"
-                fail(f"{others}, rank 0 on {first_host} has {value}: make the nodes the same")
+    differences = [
+        f"rank {rank} on {host} has {name} {theirs.get(name)}, rank 0 on {ranks[0][0]} has {value}"
+        for rank, (host, theirs) in enumerate(ranks)
+        for name, value in ranks[0][1].items()
+        if theirs.get(name) != value
+    ]
+    if differences:
+        fail(f"{'; '.join(differences[:6])}: make the nodes the same")
 
 
 def disk_mates(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run tells its reader: lines or a progress bar, and the metrics file."""
+"""What a run tells its reader: lines, on a terminal a progress bar, and the metrics file."""
 
 import argparse
 import json

@@ -54,9 +54,8 @@ def _draw(glyph: str, n: int, generator: torch.Generator) -> Tensor:
     strokes = []
     for stroke in glyph.split("/"):
         points = torch.tensor([[float(x) for x in point] for point in stroke.split()], dtype=torch.float64)
-        wobbly = points + uniform(-0.45, 0.45, *points.shape)
+        row = (points + uniform(-0.45, 0.45, *points.shape)).mT.unsqueeze(2)
         # Bicubic resizing of the control points, as an image one pixel high, is a smooth curve through them.
-        row = wobbly.mT.unsqueeze(2)
         curve = F.interpolate(row, (1, POINTS_PER_STROKE), mode="bicubic", align_corners=True)
         strokes.append(curve.squeeze(2).mT)
     path = torch.stack(strokes, dim=1)  # (n, strokes, points, xy)

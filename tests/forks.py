@@ -88,6 +88,7 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         with_default_signals()
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent waits until one of them is closed
         gc.enable()  # which Popen has turned off
+        faulthandler.unregister(STACKS)  # or what a launcher has registered would seem to be so still
         faulthandler.register(STACKS)  # for a test that finds this process, or its ranks, hanging
         # What the parent has made since it was the server is not this process's.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # its temporary folders stay

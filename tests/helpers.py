@@ -156,10 +156,8 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
 def show_stacks(process: Started) -> None:
     """Let the processes of a command that hangs print where; not those that `real=True` has started."""
     if isinstance(process.process, forks.Job):
-        pids = [process.pid, *children(process.pid)]
-        kill(pids, forks.STACKS)
-        with contextlib.suppress(AssertionError):
-            wait_until(lambda: process.err.count("most recent call first") >= len(pids), "stacks", 5)
+        kill([process.pid, *children(process.pid)], forks.STACKS)
+        time.sleep(1)  # nothing says how many threads there are, and the test has failed anyway
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
