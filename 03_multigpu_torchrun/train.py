@@ -26,7 +26,7 @@ from common.ranks import Control, let_go, meeting, resume, rng_states
 from common.reporting import Reporter
 
 
-@record  # so that torchrun shows the traceback of a rank that fails
+@record  # so that torchrun shows the error of a rank that fails
 def worker(args):
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":

@@ -27,7 +27,7 @@ from common.ranks import Control, check_same, disk_mates, let_go, meeting, resum
 from common.reporting import Reporter
 
 
-@record  # so that torchrun shows the traceback of a rank that fails
+@record  # so that torchrun shows the error of a rank that fails
 def worker(args):
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":

@@ -37,7 +37,7 @@ from common.reporting import Reporter
 from memory import MemoryReport
 
 
-@record  # so that torchrun shows the traceback of a rank that fails
+@record  # so that torchrun shows the error of a rank that fails
 def worker(args):
     if args.use_gpu != 0 and not torch.cuda.is_available():
         fail("FSDP is for GPUs, and CUDA is not available: practise on CPUs with --use-gpu 0")
