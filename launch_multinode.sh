@@ -125,7 +125,7 @@ whole_number --port "$port" 1
 IFS=, read -r -a logins <<<"$hosts"
 count=${#logins[@]} names=()
 for login in "${logins[@]}"; do
-    [[ $login =~ ^([A-Za-z0-9._-]+@)?[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$login' in --hosts is no host name"
+    [[ $login =~ ^([A-Za-z0-9._][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$login' in --hosts is no host name"
     name=${login#*@}
     if [ "$mode" != local ]; then
         [[ " ${names[*]-} " != *" $name "* ]] || fail "--hosts names $name twice"
@@ -224,7 +224,7 @@ on_node() { # NODE_RANK SCRIPT
         bash -c "$2"
     else
         # In base64, so that no shell on the way has anything to interpret.
-        "${ssh_words[@]}" "${logins[$1]}" "bash -c \"\$(echo $(base64 <<<"$2" | tr -d '\n') | base64 -d)\""
+        "${ssh_words[@]}" -- "${logins[$1]}" "bash -c \"\$(echo $(base64 <<<"$2" | tr -d '\n') | base64 -d)\""
     fi
 }
 

@@ -86,6 +86,7 @@ BAD = {
     "--hosts=a,": "",  # a comma too many
     "--hosts=a,,b": "'' in --hosts is no host name",
     "--hosts=a,-oProxyCommand=x": "'-oProxyCommand=x' in --hosts is no host name",
+    "--hosts=-lroot@a,b": "'-lroot@a' in --hosts is no host name",
     "--hosts=localhost,b": "'localhost' is another machine on each node",
     "--hosts=a,127.0.0.1": "'127.0.0.1' is another machine on each node",
     "--hosts=a,b --master-addr=localhost": "--master-addr localhost leads every node to itself",
