@@ -177,6 +177,9 @@ def test_the_ladder_gives_the_sizes():
     longest = max(len(line) for script in lines.values() for line in script)
     print(f"the longest line has {longest} columns (100: a slide)")
     assert longest <= 100
+    common = sum(len(path.read_text().splitlines()) for path in (ROOT / "common").glob("*.py"))
+    print(f"common has {common} lines")
+    assert common <= 950
 
 
 PLUMBING = r"\bsignal\b|\bgc\b|\btraceback\b|getppid|sleep|_pg_registry|crc32|\bglobal\b"
