@@ -156,8 +156,9 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
 def show_stacks(process: Started) -> None:
     """Let the processes of a command that hangs print where; not those that `real=True` has started."""
     if isinstance(process.process, forks.Job):
-        kill([process.pid, *children(process.pid)], forks.STACKS)
-        time.sleep(1)  # nothing says how many threads there are, and the test has failed anyway
+        for pid in [process.pid, *children(process.pid)]:  # one by one, or they print into each other's lines
+            kill([pid], forks.STACKS)
+            time.sleep(0.3)  # nothing says how many threads there are, and the test has failed anyway
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
