@@ -122,7 +122,7 @@ def check_torchrun() -> None:
 
 
 def name_run(args: argparse.Namespace, model: str, dataset: str, caveat: str = "") -> None:
-    """Add to `args` what snapshots must share to go on from, and what the last line is to say of the data."""
+    """Add `run`, which snapshots must share, `dataset`, the last line's `caveat`, a default `--snapshot-dir`."""
     args.run, args.dataset, args.caveat = f"{model}-{dataset}", dataset, caveat
     args.snapshot_dir = args.snapshot_dir or Path("checkpoints", args.step, args.run)
 

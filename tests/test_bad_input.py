@@ -9,6 +9,7 @@ import torch
 from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, errors, start, wait_until
 
 from common.mnist import FILES
+from common.snapshot import REMEDY
 from common.snapshot import write
 
 ALL = list(FOLDERS)
@@ -118,7 +119,7 @@ FLAGS = {
     f"{DIGITS} --snapshot-dir=file/below": "cannot write to file/below: Not a directory",
     f"{DIGITS} --snapshot-dir=/proc/nowhere": "cannot write to /proc/nowhere",
     f"{DIGITS} --snapshot-dir=/proc": "cannot write to /proc",
-    f"{DIGITS} --snapshot-dir={LONG}": "File name too long; make room, make it writable, or choose another",
+    f"{DIGITS} --snapshot-dir={LONG}": f"File name too long; {REMEDY}",
     f"{DIGITS} --metrics=/dev/null/x": "cannot write --metrics /dev/null/x: File exists",
     f"{DIGITS} --metrics=.": "cannot write --metrics .: Is a directory",
     f"{DIGITS} --metrics={LONG}": "File name too long",

@@ -81,8 +81,9 @@ def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write to" in failure(capsys, flags(tmp_path / "file"))
-    assert "cannot write to" in failure(capsys, flags(tmp_path / "file" / "folder"))
+    for folder, problem in (("file", "File exists"), ("file/folder", "Not a directory")):
+        line = failure(capsys, flags(tmp_path / folder))
+        assert f"cannot write to {tmp_path / folder}: {problem}; {snapshot.REMEDY}" in line
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
