@@ -122,7 +122,7 @@ def check_torchrun() -> None:
 
 
 def name_run(args: argparse.Namespace, model: str, dataset: str, caveat: str = "") -> None:
-    """Add `run`, which snapshots must share, `dataset`, the last line's `caveat`, a default `--snapshot-dir`."""
+    """Add `run`, which snapshots must share, `dataset`, the last line's `caveat`, and `--snapshot-dir`."""
     args.run, args.dataset, args.caveat = f"{model}-{dataset}", dataset, caveat
     args.snapshot_dir = args.snapshot_dir or Path("checkpoints", args.step, args.run)
 

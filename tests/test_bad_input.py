@@ -9,8 +9,7 @@ import torch
 from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, errors, start, wait_until
 
 from common.mnist import FILES
-from common.snapshot import REMEDY
-from common.snapshot import write
+from common.snapshot import REMEDY, write
 
 ALL = list(FOLDERS)
 LONG = "long" * 1300  # no file system takes such a name
