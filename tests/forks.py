@@ -7,9 +7,10 @@ the real ones: torchrun's agent, mp.spawn, compare_steps.py. Only where they wou
 fork too: `Fork` stands in the place of `subprocess.Popen`. Process groups, stores, files, signals and exit
 statuses are real.
 
-A fork does not show what importing does (an import that is missing, threads counted at import), not how an
-interpreter ends, and no order of a set: all forks hash alike, and read PYTHON… variables too late. Tests that
-are about these start a real process: `start(…, real=True)` in helpers.py.
+A fork does not show what importing does (an import that is missing, threads counted at import), and no order
+of a set: all forks hash alike, and read PYTHON… variables too late. Tests that are about these start a real
+process: `start(…, real=True)` in helpers.py. How an interpreter ends, a fork shows with the variable
+TESTS_REAL_END; without it, it saves the half second that this takes.
 
     python tests/forks.py serve SOCKET          the server; ends when its standard input does
     python tests/forks.py run python …          a client: stands in for `python`, on the PATH of a test
@@ -18,6 +19,7 @@ are about these start a real process: `start(…, real=True)` in helpers.py.
 import array
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
+REAL_END = "TESTS_REAL_END"  # the environment variable with which a fork takes its interpreter down
 STACKS = signal.SIGUSR1  # lets a fork, and what it forks, print where each of its threads stands
 DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -121,7 +124,17 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
     except BaseException:  # as there, it changes nothing any more
         sys.excepthook(*sys.exc_info())
     finally:
-        os._exit(status & 255)
+        leave(status & 255)
+
+
+EXIT = os._exit
+
+
+def leave(status: int) -> NoReturn:
+    """End this process; with REAL_END, as an interpreter does, which gloo's threads may not survive."""
+    if REAL_END in os.environ:
+        ctypes.pythonapi.Py_Exit(status)
+    EXIT(status)
 
 
 def run(words: list[str]) -> None:
@@ -202,6 +215,9 @@ def behind(gate: tuple[int, int], fn: Any, *args: Any) -> None:
     os.close(write)
     os.read(read, 1)
     os.close(read)
+    os._exit = (
+        leave  # which multiprocessing is about to call; a rank that is spawned is no fork, and ends really
+    )
     fn(*args)
 
 

@@ -2,6 +2,7 @@
 
     python tests/soak.py                          # make soak: 100 interruptions, and 20 restarts by torchrun
     python tests/soak.py --kills 10 --seed 7      # fewer; all seeds are printed
+    python tests/soak.py --ranks 3,4              # only at these world sizes; otherwise 2, 3 and 4
 
 A run of a step is interrupted several times, in a different way each time, and must end with the weights
 and the optimizer's state of a run that was left alone, bit for bit. Needs Linux's /proc.
@@ -38,7 +39,6 @@ from helpers import (
     kill,
     last_saved,
     newest,
-    ranks_of,
     start,
     states_equal,
     wait_for_step,
@@ -50,6 +50,7 @@ from sharded import unfinished
 SAVE_EVERY = 5
 EPOCH = 21  # steps, so that an epoch does not end where a snapshot is due anyway
 EPOCHS = 5
+SIZES = (2, 3, 4)  # of the world
 LAST = EPOCHS * EPOCH
 FLAGS = [
     f"--num-samples={GLOBAL_BATCH * EPOCH + 5}",
@@ -80,15 +81,15 @@ def kinds_for(step: str) -> list[str]:
 class StuckSave:
     """A pipe where the next snapshot is to be written: a disk that takes no more in the middle of it."""
 
-    def __init__(self, step: str, folder: Path, rng: random.Random):
+    def __init__(self, step: str, ranks: int, folder: Path, rng: random.Random):
         saved = last_saved(folder / "snapshots")
         due = min(saved - saved % SAVE_EVERY + SAVE_EVERY, saved - saved % EPOCH + EPOCH)
         self.reader, self.other = None, None
-        if step == "05":  # one rank's shard gets nowhere, the other one's is written
-            shards, rank = unfinished(folder / "snapshots", due), rng.randrange(2)
+        if step == "05":  # one rank's shard gets nowhere, the next one's is written
+            shards, rank = unfinished(folder / "snapshots", due), rng.randrange(ranks)
             shutil.rmtree(shards, ignore_errors=True)
             shards.mkdir(parents=True)
-            self.pipe, self.other = shards / f"__{rank}_0.distcp", shards / f"__{1 - rank}_0.distcp"
+            self.pipe, self.other = shards / f"__{rank}_0.distcp", shards / f"__{(rank + 1) % ranks}_0.distcp"
         else:
             self.pipe = folder / "snapshots" / f".snapshot-{due:08d}.pt.tmp"
             self.pipe.parent.mkdir(exist_ok=True)
@@ -154,8 +155,7 @@ def interrupt(
     return moment, ranks
 
 
-def words_for(step: str) -> list[str]:
-    ranks = ranks_of(step)
+def words_for(step: str, ranks: int) -> list[str]:
     return [
         *command(step, ranks),
         *FLAGS,
@@ -164,10 +164,10 @@ def words_for(step: str) -> list[str]:
     ]
 
 
-def undisturbed(step: str, folder: Path) -> dict[str, Any]:
+def undisturbed(step: str, ranks: int, folder: Path) -> dict[str, Any]:
     """The state at the end of a run that is left alone."""
     folder.mkdir(parents=True)
-    process = start(words_for(step), folder)
+    process = start(words_for(step, ranks), folder)
     status, _, _ = finish(process)
     assert status == 0, process.story
     return newest(folder / "snapshots")
@@ -183,7 +183,7 @@ def check_end(folder: Path, expected: dict[str, Any], story: str) -> None:
 
 
 def interrupted_run(
-    step: str, kinds: list[str], seed: int, folder: Path, expected: dict[str, Any]
+    step: str, ranks: int, kinds: list[str], seed: int, folder: Path, expected: dict[str, Any]
 ) -> list[str]:
     """Start a step, interrupt it in each way of `kinds`, and let it come to its end.
 
@@ -203,17 +203,19 @@ def interrupted_run(
             kind = (
                 "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
             )
-        stuck = StuckSave(step, folder, rng) if kind.endswith("in a save") else None
+        stuck = StuckSave(step, ranks, folder, rng) if kind.endswith("in a save") else None
         # Each interruption comes in its own part of what is left.
         part = (LAST - ROOM - before) // (len(kinds) - number)
         due = before + max(SAVE_EVERY, rng.randrange(max(1, part)) // SAVE_EVERY * SAVE_EVERY)
-        life = start(words_for(step), folder)
+        life = start(words_for(step, ranks), folder)
         moment, ranks_were = interrupt(life, folder, kind, due, stuck, rng)
         _, text, err = finish(life)
         if stuck:
             stuck.clear()
         after = last_saved(folder / "snapshots")
-        done.append(f"step {step}, seed {seed}: {kind}, {moment}; saved at {before}, then at {after}")
+        done.append(
+            f"step {step}, ranks {ranks}, seed {seed}: {kind}, {moment}; saved at {before}, then at {after}"
+        )
         assert after >= before, f"{done[-1]}\n{life.story}"
         assert not errors(err), f"{done[-1]}\n{life.story}"
         if kind in ("SIGTERM", "Ctrl-C"):
@@ -222,7 +224,7 @@ def interrupted_run(
             assert int(said[2]) == after if said else after == before, f"{done[-1]}, unsaved\n{life.story}"
         if kind.startswith("everything"):  # nobody to wait for, but the kernel
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
-    last = start(words_for(step), folder)
+    last = start(words_for(step, ranks), folder)
     status, _, _ = finish(last)
     story = "\n".join([*done, last.story])
     assert status == 0, f"the last start ended with status {status}\n{story}"
@@ -231,17 +233,17 @@ def interrupted_run(
     return done
 
 
-def restarted_run(step: str, seed: int, folder: Path, expected: dict[str, Any]) -> list[str]:
+def restarted_run(step: str, ranks: int, seed: int, folder: Path, expected: dict[str, Any]) -> list[str]:
     """SIGKILL one rank at a random moment under `--max-restarts=3`, and leave the rest to torchrun."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
-    words = words_for(step)
+    words = words_for(step, ranks)
     words.insert(words.index("--standalone"), "--max-restarts=3")
     life = start(words, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     due = rng.randrange(SAVE_EVERY, LAST - ROOM, SAVE_EVERY)
     moment, _ = interrupt(life, folder, "one rank", due, None, rng)
     status, text, _ = finish(life)
-    line = f"step {step}, seed {seed}: torchrun restarts after one rank is killed {moment}"
+    line = f"step {step}, ranks {ranks}, seed {seed}: torchrun restarts after one rank is killed {moment}"
     assert status == 0, f"{line}\n{life.story}"
     starts = text.count("images a step")
     assert starts == 2, f"{line}: {starts} starts, not 2\n{life.story}"
@@ -249,7 +251,7 @@ def restarted_run(step: str, seed: int, folder: Path, expected: dict[str, Any]) 
     return [line]
 
 
-def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
+def soak(interruptions: int, restarts: int, seed: int, folder: Path, sizes: tuple[int, ...] = SIZES) -> bool:
     """Interrupt runs of all steps, two at a time, as often as told or more; whether all ended well."""
     began, rng, lock = time.monotonic(), random.Random(seed), threading.Lock()
     counts = {"interruptions": 0, "restarts": 0, "runs": 0, "failures": 0}
@@ -257,9 +259,10 @@ def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
 
     def attempt(what: str, run: Callable[..., list[str]], step: str, run_seed: int, *rest: Any) -> None:
         place = folder / f"{step}-{what}-{run_seed}"
+        ranks = 1 if step == "01" else sizes[run_seed % len(sizes)]
         lines, failed = [], False
         try:
-            lines = run(step, *rest, run_seed, place, expected[step])
+            lines = run(step, ranks, *rest, run_seed, place, expected[step, ranks])
         except AssertionError as error:
             failed = True
             lines = [f"FAILED: {error}"]
@@ -275,7 +278,9 @@ def soak(interruptions: int, restarts: int, seed: int, folder: Path) -> bool:
             one.result()
 
     with ThreadPoolExecutor(2) as pool:
-        expected = dict(zip(FOLDERS, pool.map(lambda s: undisturbed(s, folder / s), FOLDERS), strict=True))
+        cases = [(step, ranks) for step in FOLDERS for ranks in ((1,) if step == "01" else sizes)]
+        alone = [pool.submit(undisturbed, *case, folder / f"{case[0]}-{case[1]}") for case in cases]
+        expected = {case: run.result() for case, run in zip(cases, alone, strict=True)}
         while counts["interruptions"] < interruptions and not counts["failures"]:
             wait_for(
                 [
@@ -308,6 +313,8 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100, help="interruptions, at least (100)")
     parser.add_argument("--restarts", type=int, default=20, help="runs that torchrun restarts (20)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="a new one each time")
+    parser.add_argument("--ranks", default="2,3,4", help="the world sizes (2,3,4)")
     args = parser.parse_args()
+    sizes = tuple(map(int, args.ranks.split(",")))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, forks.server(Path(temporary)):
-        sys.exit(0 if soak(args.kills, args.restarts, args.seed, Path(temporary)) else 1)
+        sys.exit(0 if soak(args.kills, args.restarts, args.seed, Path(temporary), sizes) else 1)

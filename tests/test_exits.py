@@ -1,0 +1,156 @@
+"""However a rank leaves: all leave, with the status that belongs to it, and no thread of gloo lives on.
+
+Such a thread lets go of what it holds while Python ends, and now and then aborts the process there
+("terminate called without an active exception"). So the ranks end here as interpreters do, see
+forks.REAL_END. `make test` leaves once in each way, EXITS=50 in the environment fifty times.
+"""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import forks
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import GROWN, command, errors, finish, has_ended, planted, start, wait_until
+
+from common.ranks import Control, let_go, meeting
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds threads in /proc: Linux only"
+)
+
+TIMES = int(os.environ.get("EXITS", "1"))
+
+# Behind the group's end: the threads that are gloo's or NCCL's. Their names end with the group.
+COUNT = """
+    finally:
+        names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+        rank = os.environ["TESTS_RANK"]
+        left = [name for name in names if "gloo" in name or "nccl" in name]
+        os.write(1, f"rank {rank} left threads: {left}\\n".encode())  # in one go: the ranks share it
+"""
+
+
+def counting(step):
+    """An edit of a train.py: each rank says, when it is out of its groups, which threads they have left."""
+    arguments = "rank, port, args" if step == "02" else "args"
+    head, inner = (f"def {name}({arguments}):\n" for name in ("worker", "inner"))
+    me = "str(rank)" if step == "02" else 'os.environ["RANK"]'
+    set_up = f'    import os\n\n    os.environ["TESTS_RANK"] = {me}\n'
+    return head, f"{head}{set_up}    try:\n        inner({arguments}){COUNT}\n\n{inner}"
+
+
+def on_rank_1(code):
+    """An edit of a train.py: one rank does something in its third step, in which the others wait for it."""
+    counts = "            self.global_step += 1\n"
+    does = f"            if self.rank == 1 and self.global_step == 3:\n                {code}\n"
+    return counts, counts + does
+
+
+FAILS = "from common.options import fail; fail('planted')"
+# What is planted, how the run ends: status of step 02, whether each rank must leave its groups by itself.
+KINDS = {
+    "end": ([], 0, True),
+    "SIGTERM": ([], 143, True),
+    "Ctrl-C": ([], 130, True),
+    "exception": ([on_rank_1("raise ZeroDivisionError('planted')")], 1, False),
+    "fail": ([on_rank_1(FAILS)], 2, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", GROWN)
+def test_a_rank_leaves_nothing_behind(tmp_path, step, kind):
+    edits, status_of_02, all_leave = KINDS[kind]
+    root = planted(tmp_path / "root", step, counting(step), *edits)
+    flags = [
+        "--num-samples=480",
+        "--batch-size=8",
+        "--use-gpu=0",
+        "--save-every=4",
+        "--snapshot-dir=snapshots",
+    ]
+    for number in range(TIMES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        epochs = f"--epochs={1 if kind == 'end' else 1000}"
+        process = start([*command(step, 2, root), *flags, epochs], folder, **{forks.REAL_END: "1"})
+        ranks = []
+        try:
+            if kind in ("SIGTERM", "Ctrl-C"):
+                wait_until(lambda: list((folder / "snapshots").glob("snapshot-*")), "a snapshot")  # noqa: B023
+                ranks = process.ranks()
+                if kind == "SIGTERM":
+                    process.send_signal(signal.SIGTERM)
+                else:  # from a terminal it comes to the whole group; torchrun's ranks have their own
+                    os.killpg(process.pid, signal.SIGINT)
+            status = process.process.wait(60)
+        finally:
+            _, out, err = finish(process)
+        print(f"{number}: status {status}")
+        story = f"{number}: status {status}\n{process.story}"
+        expected = status_of_02 if step == "02" else int(status_of_02 > 0)
+        assert status == expected, story
+        assert "terminate called" not in err and "Signal 6" not in err and "SIGABRT" not in err, story
+        left = re.findall(r"rank (\d) left threads: (.*)", out)
+        assert [names for _, names in left] == ["[]"] * len(left), story
+        if all_leave:
+            assert sorted(rank for rank, _ in left) == ["0", "1"], story
+        else:
+            assert "1" in [rank for rank, _ in left], story
+        assert errors(err) == (["error: planted"] if kind == "fail" else []), story
+        assert ("ZeroDivisionError: planted" in err) == (kind == "exception"), story
+        assert all(map(has_ended, ranks)), story
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("planted"), SystemExit(143)], ids=["error", "exit"])
+def test_after_an_error_all_groups_end_at_once(error):
+    """Not the default group alone: a stuck collective may be in another, and destroying that would wait."""
+
+    def threads():
+        return [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
+
+    before = threads()  # of other tests in this process
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.new_group(backend="gloo")
+    assert len(threads()) > len(before)
+    try:
+        raise error
+    except BaseException:
+        let_go()
+        assert not dist.is_initialized()
+    assert threads() == before
+
+
+@pytest.mark.parametrize("seconds", [12, 60, 120, 600])
+def test_the_vote_gives_up_before_the_group_does(seconds):
+    """By more than the five seconds for which the error then waits: NCCL's watchdog would end the process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = Control(seconds).group
+        first = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        print(f"--timeout {seconds}: the vote gives up after {first} s")
+        assert seconds / 2 <= first <= seconds - 6
+    finally:
+        dist.destroy_process_group()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+BACKEND = "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nncclUnhandledCudaError\nno device"
+
+
+def test_what_stops_the_start_is_told_by_its_own_name(capsys):
+    """A backend's error is not a missing rank; its last line has the cause."""
+    for error, said in (
+        (dist.DistBackendError(BACKEND), "the ranks meet, and cannot talk: no device; NCCL_DEBUG=INFO tells"),
+        (dist.DistNetworkError("in use\nmore"), "the ranks do not meet: in use; is the port free, is every"),
+        (dist.DistStoreError("late\nmore"), "the ranks do not meet: late; is the port free, is every rank"),
+    ):
+        with pytest.raises(SystemExit), meeting():
+            raise error
+        assert capsys.readouterr().err.startswith(f"error: {said}")
