@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.options import OneLineParser, fail, whole_number
+from common.options import OneLineParser, count_gpus, fail, whole_number
 
 ROOT = Path(__file__).resolve().parent
 STEPS = {path.parent.name[:2]: path for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
@@ -90,9 +90,7 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
 
     Exits with the step's status when it fails: it has said why.
     """
-    import torch
-
-    from common.snapshot import snapshots
+    from common.snapshot import read, snapshots
 
     how, command = launcher(step, ranks)
     print(f"\n--- {STEPS[step].parent.name}, {ranks} rank{'s' * (ranks > 1)}", flush=True)
@@ -122,7 +120,7 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
         "correct": test["correct"],
         "total": test["total"],
         "losses": losses,
-        "weights": torch.load(newest, map_location="cpu", weights_only=True)["model"],
+        "weights": read(newest)[0]["model"],
     }
 
 
@@ -215,8 +213,7 @@ def main() -> None:
     args, rest = parse_args()
     import torch
 
-    gpus = torch.cuda.device_count()
-    use_gpu = args.use_gpu if args.use_gpu is not None else int(gpus >= max(args.ranks))
+    use_gpu = args.use_gpu if args.use_gpu is not None else int(count_gpus() >= max(args.ranks))
     shared = [*rest, f"--precision={args.precision}", f"--use-gpu={use_gpu}"]
     plan = [(step, ranks) for step in args.steps for ranks in ([1] if step == "01" else args.ranks)]
     runs = []

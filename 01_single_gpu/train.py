@@ -17,7 +17,7 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name
 from common.options import make_parser, name_run, pick_device
-from common.ranks import Control, resume, rng_states
+from common.ranks import Control
 from common.reporting import Reporter
 
 
@@ -26,6 +26,11 @@ class Trainer:
         self.args, self.device = args, device
         self.model, self.optimizer = model, optimizer
         self.train_data, self.test_data = train_data, test_data
+        self.rest = []  # the images of an epoch that are still to come
+        self.fast = fast(args, device)
+        self.loader = DataLoader(
+            train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
+        )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.report = Reporter(args, device, len(train_data))
         self.epoch = self.samples_seen = self.global_step = 0
@@ -42,13 +47,10 @@ class Trainer:
     def run_epoch(self):
         # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         generator = torch.Generator().manual_seed(self.args.seed + self.epoch)
-        rest = list(RandomSampler(self.train_data, generator=generator))[self.samples_seen :]
-        loader = DataLoader(
-            self.train_data, self.args.batch_size, sampler=rest, drop_last=True, **fast(self.device)
-        )
+        self.rest[:] = [*RandomSampler(self.train_data, generator=generator)][self.samples_seen :]
         losses = []
         self.model.train()
-        for batch in self.report.progress(loader, self.epoch):
+        for batch in self.report.progress(self.loader, self.epoch):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size
             self.global_step += 1
@@ -63,9 +65,9 @@ class Trainer:
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, batch):
+        self.optimizer.zero_grad()
         with self.autocast:
             loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
@@ -79,7 +81,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        loader = DataLoader(self.test_data, batch_size=1000, **fast(self.device))
+        loader = DataLoader(self.test_data, batch_size=1000, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for batch in loader:
@@ -98,18 +100,16 @@ class Trainer:
             epoch=self.epoch,
             samples_seen=self.samples_seen,
             global_step=self.global_step,
-            rng=rng_states(),
+            rng=snapshot.rng_states(),
         )
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args)
         if state is None:
             return
-        resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
-        self.global_step = state["global_step"]
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args):
@@ -118,7 +118,7 @@ def main(args):
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
     name_run(args, model_name(args), train_data.name, train_data.fallback)
     model = build_model(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

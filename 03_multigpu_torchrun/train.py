@@ -22,42 +22,49 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name
 from common.options import make_parser, name_run, pick_device
-from common.ranks import Control, let_go, meeting, resume, rng_states
+from common.ranks import Control, arrange_buckets, let_go, meeting
 from common.reporting import Reporter
 
 
 @record  # so that torchrun shows the error of a rank that fails
 def worker(args):
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # from here on "cuda" is this rank's GPU, for NCCL too
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
             timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type != "cpu" else None,
         )
     try:
         main(args, device)
     finally:
-        let_go()  # frees DDP and whatever else uses the group, also after an error
-        dist.destroy_process_group()
+        let_go()  # frees what uses the group, the model too; after an error, ends it at once
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
         self.args, self.device = args, device
         self.model, self.optimizer = model, optimizer
-        self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
+        self.ddp_model = DDP(model, device_ids=[device] if device.type != "cpu" else None)
         self.train_data, self.test_data = train_data, test_data
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.rest = []  # the images of an epoch that are still to come
+        self.fast = fast(args, device)
+        self.loader = DataLoader(
+            train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
+        )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.report = Reporter(args, device, len(train_data))
         self.epoch = self.samples_seen = self.global_step = 0
 
     def train(self):
         self.load_snapshot()
+        arrange_buckets(self)  # now, or a resumed run would add gradients in another order
         self.control = Control()  # from here on, SIGTERM and Ctrl-C mean: save, then leave
         while self.epoch < self.args.epochs:
             self.run_epoch()
@@ -68,13 +75,10 @@ class Trainer:
     def run_epoch(self):
         # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         self.sampler.set_epoch(self.epoch)
-        rest = list(self.sampler)[self.samples_seen // self.world_size :]
-        loader = DataLoader(
-            self.train_data, self.args.batch_size, sampler=rest, drop_last=True, **fast(self.device)
-        )
+        self.rest[:] = [*self.sampler][self.samples_seen // self.world_size :]
         losses = []
         self.model.train()
-        for batch in self.report.progress(loader, self.epoch):
+        for batch in self.report.progress(self.loader, self.epoch):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size * self.world_size
             self.global_step += 1
@@ -91,9 +95,9 @@ class Trainer:
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, batch):
+        self.optimizer.zero_grad()
         with self.autocast:
             loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-        self.optimizer.zero_grad()
         loss.backward()  # in here, DDP averages the gradients of all ranks
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
@@ -108,7 +112,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **fast(self.device))
+        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
@@ -123,7 +127,7 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = rng_states()  # of every rank
+        rng = snapshot.rng_states()  # of every rank
         if self.rank != 0:
             return  # all ranks hold the same weights
         snapshot.save(
@@ -140,11 +144,9 @@ class Trainer:
         state = snapshot.load_newest(self.args)
         if state is None:
             return
-        resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
-        self.global_step = state["global_step"]
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args, device):
@@ -153,7 +155,7 @@ def main(args, device):
     name_run(args, model_name(args), train_data.name, train_data.fallback)
     model = build_model(args).to(device)
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

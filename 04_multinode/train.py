@@ -23,45 +23,51 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name
 from common.options import make_parser, name_run, pick_device, positive_float, whole_number
-from common.ranks import Control, check_same, disk_mates, let_go, meeting, resume, rng_states
+from common.ranks import Control, arrange_buckets, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
 
 
 @record  # so that torchrun shows the error of a rank that fails
 def worker(args):
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # from here on "cuda" is this rank's GPU, for NCCL too
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type != "cpu" else None,
         )
     try:
         main(args, device)
     finally:
-        let_go()  # frees DDP and whatever else uses the group, also after an error
-        dist.destroy_process_group()
+        let_go()  # frees what uses the group, the model too; after an error, ends it at once
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
         self.args, self.device = args, device
         self.model, self.optimizer = model, optimizer
-        self.ddp_model = DDP(model, device_ids=[device] if device.type == "cuda" else None)
+        self.ddp_model = DDP(model, device_ids=[device] if device.type != "cpu" else None)
         self.train_data, self.test_data = train_data, test_data
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.rest = []  # the images of an epoch that are still to come
+        self.fast = fast(args, device)
+        self.loader = DataLoader(
+            train_data, self.rank_batch, sampler=self.rest, drop_last=True, **self.fast
+        )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.report = Reporter(args, device, len(train_data))
         self.epoch = self.samples_seen = self.global_step = 0
 
     def train(self):
-        # Nodes share a disk or have their own: one rank saves to each.
-        self.saves = self.rank == min(disk_mates(self.args.snapshot_dir))
+        self.saves = self.rank == min(disk_mates(self.args.snapshot_dir))  # one rank for each disk
         self.load_snapshot()
+        arrange_buckets(self)  # now, or a resumed run would add gradients in another order
         # From here on, SIGTERM and Ctrl-C mean: save, then leave.
         self.control = Control(self.args.timeout)
         while self.epoch < self.args.epochs:
@@ -73,13 +79,10 @@ class Trainer:
     def run_epoch(self):
         # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         self.sampler.set_epoch(self.epoch)
-        rest = list(self.sampler)[self.samples_seen // self.world_size :]
-        loader = DataLoader(
-            self.train_data, self.rank_batch, sampler=rest, drop_last=True, **fast(self.device)
-        )
+        self.rest[:] = [*self.sampler][self.samples_seen // self.world_size :]
         losses = []
         self.model.train()
-        for batch in self.report.progress(loader, self.epoch):
+        for batch in self.report.progress(self.loader, self.epoch):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.rank_batch * self.world_size
             self.global_step += 1
@@ -122,7 +125,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **fast(self.device))
+        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
@@ -137,7 +140,7 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = rng_states()  # of every rank
+        rng = snapshot.rng_states()  # of every rank
         if not self.saves:
             return  # all ranks hold the same weights
         snapshot.save(
@@ -153,18 +156,17 @@ class Trainer:
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, alike=False)
         # A node may be new, or behind: all go on from the newest snapshot that any of them has.
-        found = [None] * self.world_size
-        dist.all_gather_object(found, state["global_step"] if state else -1)
-        sent = [state]
-        dist.broadcast_object_list(sent, src=found.index(max(found)))
-        state = sent[0]
+        have = [None] * self.world_size
+        dist.all_gather_object(have, (state["global_step"], state["checksum"]) if state else (-1,))
+        if len(set(have)) > 1:
+            sent = [state]
+            dist.broadcast_object_list(sent, src=have.index(max(have)))
+            state = sent[0]
         if state is None:
             return
-        resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
-        self.global_step = state["global_step"]
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args, device):
@@ -174,7 +176,7 @@ def main(args, device):
     check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
     model = build_model(args).to(device)
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

@@ -34,13 +34,15 @@ def parameter_names(state):
     return [name for name, _ in model.named_parameters()]
 
 
-def gather(path, state):
-    """The plain snapshot's dictionary, from the shards in `path` and the rest in `state`."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+def gather(state):
+    """The plain snapshot's dictionary, from the sharded one `state`, as sharded.read returns it."""
+    saved = state["metadata"].state_dict_metadata
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in saved.items()}
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    with sharded.reader(state) as reader:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     numbers = {name: number for number, name in enumerate(parameter_names(state))}
-    plain = {key: value for key, value in state.items() if key not in ("checksums", "param_groups", "path")}
+    own = ("checksum", "checksums", "metadata", "param_groups", "path")
+    plain = {key: value for key, value in state.items() if key not in own}
     plain["model"], slots = {}, {number: {} for number in numbers.values()}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -62,7 +64,7 @@ def scatter(folder, state):
     if unfinished.exists():
         shutil.rmtree(unfinished)
     dcp.save(shards, checkpoint_id=unfinished, no_dist=True)
-    rest = {key: value for key, value in state.items() if key not in shards}
+    rest = {key: value for key, value in state.items() if key not in (*shards, "checksum")}
     sharded.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
 
 
@@ -79,14 +81,13 @@ def main(args):
         fail(f"{path} is damaged ({problem}): take the one before it")
     try:
         if is_folder:
-            snapshot.write(other, gather(path, state))
+            snapshot.write(other, gather(state))
         else:
             scatter(path.parent, state)
     except OSError as error:
         fail(f"cannot write {other}: {error.strerror}; make room")
     except dcp.CheckpointException as error:
-        (reason, _), *_ = error.failures.values()
-        fail(f"cannot write {other}: {reason}; make room")
+        fail(f"cannot write {other}: {sharded.reason_of(error)}; make room")
     print(f"wrote {other}")
 
 

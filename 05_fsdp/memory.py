@@ -37,9 +37,9 @@ class MemoryReport:
         shards = [sum(t.nbytes for t in kind) for kind in local]
         row = [*shards, self.gathered, sum(shards) + self.gathered]
         names = ["parameters", "gradients", "optimizer", "gathered", "peak"]
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             names.append("allocator")  # with activations, and buffers for the collectives
-            row.append(torch.cuda.max_memory_allocated())
+            row.append(torch.accelerator.max_memory_allocated())
         rows = [None] * dist.get_world_size()
         dist.all_gather_object(rows, row)
         self.report.say(f"{moment:<18}" + "".join(f"{name:>13}" for name in names))

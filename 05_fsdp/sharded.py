@@ -4,17 +4,19 @@
 `state.pt` the rest of what common/snapshot.py's files hold. Until it is whole it has another name.
 """
 
+import contextlib
 import io
 import os
 import pickle
 import shutil
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from common import snapshot
 from common.options import fail
@@ -23,14 +25,10 @@ STATE = "state.pt"  # all that is not a shard, and the shards' checksums
 METADATA = ".metadata"  # which shard holds which part of which tensor, a pickle
 
 # All that stands in METADATA. A pickle can name any function there is, to be called when it is loaded.
-HARMLESS = {
+HARMLESS = {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)} | {
     "pathlib.PosixPath",
     "pathlib._local.PosixPath",  # Python 3.13's name for it
     "torch.Size",
-    "torch.bfloat16",
-    "torch.float32",
-    "torch.float64",
-    "torch.int64",
     "torch.serialization._get_layout",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
@@ -64,26 +62,84 @@ def checksum(path):
 def read(path):
     """The state in the folder `path` and what is wrong with it, as snapshot.read gives it for a file.
 
-    The shards are checked and not loaded; the state's `path` says where they are.
+    The shards are checked and not loaded. The state's `path` says where they are, its `metadata` which
+    part of which tensor each of them holds: `reader` goes by it.
     """
-    if not (path / STATE).exists():
+    if not (path / STATE).is_file():
         return {}, f"{STATE} is missing"
     state, problem = snapshot.read(path / STATE)
     if problem:
         return {}, problem
-    if METADATA not in state.get("checksums", {}):
+    checksums = state.get("checksums")
+    if not isinstance(checksums, dict) or METADATA not in checksums:
         return {}, f"{STATE} is of no sharded snapshot"
-    for name, crc in state["checksums"].items():
+    there = {file.name for file in path.iterdir() if file.is_file()}
+    for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
+        return {}, f"{name} does not belong here"
+    for name, crc in checksums.items():
+        if name not in there:
+            return {}, f"{name} is missing"
         try:
             if checksum(path / name) != crc:
                 return {}, f"wrong checksum in {name}"
         except OSError as error:
             return {}, f"cannot read {name}: {error.strerror}"
+    metadata, problem = read_metadata(path, checksums)
+    return ({}, problem) if problem else ({**state, "path": path, "metadata": metadata}, "")
+
+
+def read_metadata(path, files):
+    """What METADATA in the folder `path` holds, and what is wrong with it; `files` are the folder's."""
     try:
-        HarmlessUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+        metadata = HarmlessUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+        room = sum((path / name).stat().st_size for name in files)
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                return None, f"{METADATA}: {name} is no tensor"
+            room -= entry.size.numel() * entry.properties.dtype.itemsize
+        if room < 0:
+            return None, f"{METADATA}: its tensors are larger than the files"
+        for place in metadata.storage_data.values():
+            if place.relative_path not in files:
+                return None, f"{METADATA}: {place.relative_path} is none of the files"
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
-        return {}, f"{METADATA}: {error}".splitlines()[0]
-    return {**state, "path": path}, ""
+        return None, f"{METADATA}: {error}".splitlines()[0]
+    return metadata, ""
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads shards by the metadata that `read` has checked. Torch's own would unpickle the file anew."""
+
+    def __init__(self, state):
+        super().__init__(state["path"])
+        self.metadata = state["metadata"]
+
+    def read_metadata(self):  # no arguments: dcp.load then looks for no other file, `__0.metadata`
+        return self.metadata
+
+
+@contextlib.contextmanager
+def reader(state):
+    """For `dcp.load`, from the snapshot `state`, as `read` has returned it: `fail`s if it does not fit."""
+    try:
+        yield Reader(state)
+    except dcp.CheckpointException as error:  # the same on all ranks
+        fail(f"{state['path']} cannot be loaded: {reason_of(error)}; delete it to go on from the one before")
+
+
+def reason_of(error):
+    """The first rank's reason for a CheckpointException, in one line."""
+    (reason, _), *_ = error.failures.values()
+    return (str(reason).strip() or type(reason).__name__).splitlines()[0]
+
+
+def writer(folder, global_step):
+    """For `dcp.async_save`: it writes a snapshot's shards, until `finish` gives that its name.
+
+    No bytes are copied ahead: the shards are in the CPU's memory by then, and the thread that copies would
+    open a context on the first GPU, on every rank.
+    """
+    return dcp.FileSystemWriter(unfinished(folder, global_step), per_thread_copy_ahead=0)
 
 
 def unfinished(folder, global_step):
@@ -98,15 +154,21 @@ def finish(folder, state):
         folder: the snapshots' folder.
         state: what snapshot.complete returned when the shards were copied.
 
-    Returns the snapshot's path. Raises OSError; the snapshots before it are untouched then.
+    Returns the snapshot's path. Raises OSError, and TypeError if it could not be read again; the snapshots
+    before it are untouched then.
     """
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"
     # Without what a kill in `write` has left here, which is about to be replaced.
     files = [file for file in sorted(shards.iterdir()) if STATE not in file.name]
     checksums = {file.name: checksum(file) for file in files}
+    if problem := read_metadata(shards, checksums)[1]:
+        raise TypeError(f"only tensors can be in shards; {problem}")
+    if path.exists() and not read(path)[1]:
+        shutil.rmtree(shards)  # a run that was stopped in an epoch's last step has saved that already
+        return path
     snapshot.write(shards / STATE, {**state, "checksums": checksums})
-    if path.exists():  # of the same step, or damaged: a folder cannot be replaced in one go
+    if path.exists():  # damaged: a folder cannot be replaced in one go
         os.rename(path, shards.with_suffix(".old.tmp"))
     os.rename(shards, path)
     snapshot.sync_folder(folder)
@@ -148,20 +210,19 @@ class Saver:
                 if self.args.verbose:
                     print(f"[rank 0] saved {path}", flush=True)
         except dcp.CheckpointException as error:  # the same on all ranks
-            rank, (reason, _) = next(iter(error.failures.items()))
-            reason = str(reason).splitlines()[0]  # not always the one that the disk gave
-            free = shutil.disk_usage(self.folder).free / 1e6
-            problem = [f"rank {rank} cannot write its shards: {reason} ({free:.1f} MB are free)"]
+            free = shutil.disk_usage(self.folder).free / 1e6  # the reason is not always the disk's
+            rank, reason = min(error.failures), reason_of(error)
+            problem = [f"rank {rank} cannot write its shards: {reason} ({free:.1f} MB are free); {snapshot.REMEDY}"]
         except OSError as error:
-            problem = [f"cannot write to {self.folder}: {error.strerror}"]
+            problem = [f"cannot write to {self.folder}: {error.strerror}; {snapshot.REMEDY}"]
+        except TypeError as error:
+            problem = [f"cannot write to {self.folder}: {error}"]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         return problem[0]
 
     def wait(self):
-        """For the snapshot that is being written; `fail`s, on one rank, if that did not succeed."""
+        """For the snapshot that is being written; `fail`s, on all ranks, if that did not succeed."""
         problem = self.saving.result() if self.saving else None
         self.saving = None
-        if problem and dist.get_rank() != 0:
-            sys.exit(2)  # all ranks know, and one says it
         if problem:
-            fail(f"{problem}; {snapshot.REMEDY}")
+            fail(problem)

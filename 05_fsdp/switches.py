@@ -13,7 +13,19 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from common.models import build_model
-from common.options import fail
+from common.options import count_gpus, fail
+
+
+def check_gpus(args):
+    """`fail` where there is no GPU, unless the user has asked for CPUs."""
+    if args.use_gpu != 0 and not count_gpus():
+        fail("FSDP is for GPUs, and there is none here: practise on CPUs with --use-gpu 0")
+
+
+def backends(device):
+    """The process group's, for init_process_group: gloo, and on a GPU also what that has."""
+    gpus = f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    return "cpu:gloo" + (gpus if device.type != "cpu" else "")
 
 
 def make_mesh(args, device):
@@ -56,11 +68,12 @@ def fill(model, args, device):
     """With --meta-init: give the sharded model, which has shapes only, memory and its first weights."""
     model.to_empty(device="cpu" if args.cpu_offload else device)
     # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
-    whole = build_model(args).state_dict() if dist.get_rank() == 0 else {}
+    whole = build_model(args) if dist.get_rank() == 0 else None
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole, options=options)
-    for buffer in model.buffers():
-        buffer.data = buffer.to(device)  # which are not offloaded
+    set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
+    for name, buffer in model.named_buffers():  # no state_dict has all of them, and none is offloaded
+        buffer.data = (whole.get_buffer(name) if whole else buffer).to(device)
+        dist.broadcast(buffer, src=0)
 
 
 def check_sharded(optimizer):

@@ -32,30 +32,30 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name
 from common.options import fail, make_parser, name_run, pick_device, positive_float, whole_number
-from common.ranks import Control, check_same, disk_mates, let_go, meeting, resume, rng_states
+from common.ranks import Control, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
 from memory import MemoryReport
 
 
 @record  # so that torchrun shows the error of a rank that fails
 def worker(args):
-    if args.use_gpu != 0 and not torch.cuda.is_available():
-        fail("FSDP is for GPUs, and CUDA is not available: practise on CPUs with --use-gpu 0")
+    switches.check_gpus(args)  # no silent fallback: FSDP is for GPUs
     device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # from here on "cuda" is this rank's GPU, for NCCL too
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # both, to offload
+            backend=switches.backends(device),  # NCCL for CUDA, and gloo for what is offloaded
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type != "cpu" else None,
         )
     try:
         main(args, device)
     finally:
         switches.forget_meshes()  # DTensor keeps them, and they keep the group
-        let_go()  # frees FSDP and whatever else uses the group, also after an error
-        dist.destroy_process_group()
+        let_go()  # frees what uses the group, the model too; after an error, ends it at once
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def units(args, model):
@@ -76,7 +76,7 @@ def build_sharded_model(args, device, mesh):
     if args.no_reshard:
         how["reshard_after_forward"] = False  # gathered once for forward and backward, not twice
     if args.cpu_offload:
-        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     if args.precision == "bf16":
         switches.keep_batch_norm(model, how)  # in float32
         # Gathered and computed in bfloat16, reduced and updated in float32: updates are small.
@@ -101,6 +101,11 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.rest = []  # the images of an epoch that are still to come
+        self.fast = fast(args, device)
+        self.loader = DataLoader(
+            train_data, self.rank_batch, sampler=self.rest, drop_last=True, **self.fast
+        )
         self.report = Reporter(args, device, len(train_data))
         self.memory = MemoryReport(model, optimizer, device, self.report)
         self.epoch = self.samples_seen = self.global_step = 0
@@ -122,13 +127,10 @@ class Trainer:
     def run_epoch(self):
         # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
         self.sampler.set_epoch(self.epoch)
-        rest = list(self.sampler)[self.samples_seen // self.world_size :]
-        loader = DataLoader(
-            self.train_data, self.rank_batch, sampler=rest, drop_last=True, **fast(self.device)
-        )
+        self.rest[:] = [*self.sampler][self.samples_seen // self.world_size :]
         losses = []
         self.model.train()
-        for batch in self.report.progress(loader, self.epoch):
+        for batch in self.report.progress(self.loader, self.epoch):
             losses.append(self.run_batch(batch))
             self.memory.after_step()
             self.samples_seen += self.rank_batch * self.world_size
@@ -174,7 +176,7 @@ class Trainer:
         # As many batches on all ranks, because a forward pass gathers the weights from all of them.
         count = math.ceil(len(self.test_data) / self.world_size / 1000)
         batches = [part[i::count] for i in range(count)]
-        loader = DataLoader(self.test_data, batch_sampler=batches, **fast(self.device))
+        loader = DataLoader(self.test_data, batch_sampler=batches, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         self.share_buffers()
@@ -198,7 +200,7 @@ class Trainer:
         # Copied now, and written by each rank while training goes on.
         writing = dcp.async_save(
             {"model": model, "optimizer": optimizer["state"]},
-            checkpoint_id=sharded.unfinished(self.args.snapshot_dir, self.global_step),
+            storage_writer=sharded.writer(self.args.snapshot_dir, self.global_step),
             process_group=self.saver.group,
         )
         self.saver.finish(
@@ -207,22 +209,21 @@ class Trainer:
             epoch=self.epoch,
             samples_seen=self.samples_seen,
             global_step=self.global_step,
-            rng=rng_states(),
+            rng=snapshot.rng_states(),
         )
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, sharded.read)
         if state is None:
             return
-        resume(state, self.report)
         model, optimizer = get_state_dict(self.model, self.optimizer)
         shards = {"model": model, "optimizer": optimizer["state"]}
-        dcp.load(shards, checkpoint_id=state["path"])  # cut anew when the world size has changed
+        with sharded.reader(state) as reader:
+            dcp.load(shards, storage_reader=reader)  # cut anew when the world size has changed
         optimizer["state"] = shards["optimizer"]
         loaded = {"model_state_dict": model, "optim_state_dict": optimizer}
         set_state_dict(self.model, self.optimizer, **loaded)
-        self.epoch, self.samples_seen = state["epoch"], state["samples_seen"]
-        self.global_step = state["global_step"]
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args, device):
@@ -232,7 +233,7 @@ def main(args, device):
     check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
     model = build_sharded_model(args, device, switches.make_mesh(args, device))
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
     switches.check_sharded(optimizer)  # built before the model is sharded, it would train nothing
     with sharded.Saver(args) as saver:  # its end waits for a save, after an error too
         Trainer(args, device, model, optimizer, train_data, test_data, saver).train()

@@ -4,9 +4,11 @@ The usual way turns every image into a PIL picture and back, one by one; one ind
 tensor gives a whole batch instead, and the model makes floats of it on the device.
 """
 
+import argparse
 import http.client
 import os
 import shutil
+import signal
 import socket
 import time
 import zlib
@@ -51,14 +53,22 @@ class Digits(TensorDataset):
         return f"{self.name} {zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.numpy().data)):08x}"
 
 
-def fast(device: torch.device) -> dict[str, Any]:
+def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments that let it load `Digits` fast, and draw no random numbers.
 
     `__getitems__` has already made the batch, a tuple, which `tuple` returns as it is. Pinned memory can
     be copied to a GPU while that computes. The loader draws a seed for workers at the start of each epoch,
     by default from the generator whose state the snapshots keep: a resumed run would draw one more.
     """
-    return {"collate_fn": tuple, "pin_memory": device.type == "cuda", "generator": torch.Generator()}
+    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
+    speed = {"pin_memory": device.type != "cpu", "worker_init_fn": ignore_signals, **workers}
+    return {"collate_fn": tuple, "generator": torch.Generator(), **speed}
+
+
+def ignore_signals(worker: int) -> None:
+    """In a worker process: a signal is for the rank, which wants batches until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
 import re
@@ -15,14 +16,19 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 
 def fail(message: str) -> NoReturn:
     """Print `error: message` and exit with status 2: for what the user can put right.
 
     Ranks mostly meet the same mistake. Local rank 0 says it; the launcher ends the others (SIGTERM)
-    meanwhile. A rank that is not ended was alone with its mistake.
+    meanwhile. A rank that is not ended was alone with its mistake. torchrun's summary, the last thing on
+    the screen, shows it too: it looks for JSON in a file, as `@record` writes it for exceptions.
     """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": said}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(2))
         time.sleep(10)
@@ -79,6 +85,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     parser.set_defaults(step=step, accumulate=1)  # which steps 04 and 05 make a flag
     seed = functools.partial(whole_number, low=0, high=2**32 - 1)  # to which the epoch is added
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
+    workers = functools.partial(whole_number, low=0)
     digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
@@ -90,6 +97,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
     add("--num-samples", type=digits, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
+    add("--num-workers", type=workers, default=0, metavar="N", help="processes that load the data (0: none)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")
@@ -127,6 +135,13 @@ def name_run(args: argparse.Namespace, model: str, dataset: str, caveat: str = "
     args.snapshot_dir = args.snapshot_dir or Path("checkpoints", args.step, args.run)
 
 
+def count_gpus() -> int:
+    """This machine's GPUs with a library of their own for collectives, NCCL or its like: not Apple's."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    own = gpu and dist.Backend.default_device_backend_map.get(gpu.type, "gloo") != "gloo"
+    return torch.accelerator.device_count() if own else 0
+
+
 def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 0) -> torch.device:
     """The device of one of this machine's processes: GPU number `local_rank`, or its share of the cores.
 
@@ -137,10 +152,11 @@ def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int 
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-    if use_gpu == 0 or not torch.cuda.is_available():
+    if use_gpu == 0 or not (gpus := count_gpus()):
         if use_gpu == 1:
-            warn("--use-gpu 1, but CUDA is not available here: training on the CPU instead")
+            warn("--use-gpu 1, but there is no GPU here that ranks can use: training on the CPU instead")
         return torch.device("cpu")
-    if local_world_size > (gpus := torch.cuda.device_count()):
+    if local_world_size > gpus:
         fail(f"{local_world_size} processes, but GPUs: {gpus}; start as many, or add --use-gpu 0")
-    return torch.device("cuda", local_rank)
+    torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions have it by default
+    return torch.device(f"{torch.accelerator.current_accelerator()}:{local_rank}")

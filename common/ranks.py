@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # DDP imports it: before there is a group, or it would keep that for ever
+from torch.utils.data import DataLoader
 
 from common import snapshot
 from common.options import fail
@@ -39,11 +40,15 @@ class Control:
     signal = 0  # the last that this process has had
 
     def __init__(self, seconds: int = 120):
-        """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost."""
+        """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost.
+
+        The vote gives up before that: NCCL, given up, would end the process before it has said why.
+        """
         self.launcher = os.getppid()
         self.group: Any = None
         if dist.is_initialized():
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            first = timedelta(seconds=seconds - min(30, seconds / 2))
+            self.group = dist.new_group(backend="gloo", timeout=first)
         self.step = self.next = 0
         self.clock = time.perf_counter()
         self.ballot: Any = None
@@ -81,35 +86,17 @@ class Control:
         sys.exit(128 + number)
 
 
-def rng_states() -> list[dict[str, torch.Tensor]]:
-    """The state of every rank's random numbers, CPU and GPU; all ranks must call it."""
-    mine = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        mine["cuda"] = torch.cuda.get_rng_state()
-    if not dist.is_initialized():
-        return [mine]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, mine)
-    return states
+def arrange_buckets(trainer: Any) -> None:
+    """A backward pass that trains nothing: DDP arranges its buckets behind the first one, for good.
 
-
-def resume(state: dict[str, Any], report: Reporter) -> None:
-    """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
-
-    At another world size each rank begins a new stream of random numbers, which follows from seed, step and
-    rank. `state["samples_seen"]` is rounded up to a multiple of the world size: a few images are left out.
+    Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
+    first step is another, would differ in the last bit. In eval mode, so that no random number is drawn.
     """
-    ranks, step = report.world_size, state["global_step"]
-    state["samples_seen"] = -(-state["samples_seen"] // ranks) * ranks
-    if len(state["rng"]) == ranks:
-        mine = state["rng"][report.rank]
-        torch.set_rng_state(mine["cpu"])
-        if "cuda" in mine and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(mine["cuda"])
-    else:
-        torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
-        report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
-    report.say(f"resumed from {report.args.snapshot_dir}: epoch {state['epoch']}, step {step}")
+    batch = next(iter(DataLoader(trainer.train_data, 2, **trainer.fast)))
+    trainer.model.eval()
+    with torch.compiler.set_stance("force_eager"), trainer.autocast:
+        trainer.loss(*(tensor.to(trainer.device) for tensor in batch)).backward()
+    trainer.optimizer.zero_grad()
 
 
 @contextlib.contextmanager
@@ -117,8 +104,10 @@ def meeting() -> Iterator[None]:
     """Around `init_process_group`: one line when the ranks do not find each other."""
     try:
         yield
-    except dist.DistError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         fail(f"the ranks do not meet: {str(error).splitlines()[0]}; is the port free, is every rank started?")
+    except dist.DistBackendError as error:  # its last line has the cause, the others NCCL's own places
+        fail(f"the ranks meet, and cannot talk: {str(error).splitlines()[-1]}; NCCL_DEBUG=INFO tells more")
 
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
@@ -164,10 +153,10 @@ def let_go() -> None:
 
     An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows
     the first rank's error and ends this rank. If nothing does, this error is all there is.
-    While something holds the process group (DDP, the frames of a traceback), gloo's threads go on, and now
-    and then abort the process in the middle of Python's own end.
+    While something holds a process group (DDP, the frames of a traceback), gloo's threads go on, and now
+    and then abort the process in the middle of Python's own end. After an error no group is left to destroy.
     """
-    error = sys.exception()
+    error = cause = sys.exception()
     if isinstance(error, RuntimeError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if Control.signal and "by peer" in str(error):
@@ -175,8 +164,9 @@ def let_go() -> None:
         seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
         error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
         time.sleep(5)
-    if error:
-        traceback.clear_frames(error.__traceback__)
+    while cause:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
     gc.collect()
-    if error and dist.group.WORLD and "nccl" in dist.get_backend_config():
-        dist.group.WORLD.abort()  # destroying waits for the other ranks, and they wait for this one
+    if error:  # destroying the groups would wait for the other ranks, and they wait for this one
+        dist.distributed_c10d._abort_process_group()

@@ -7,6 +7,7 @@ reads stands the CRC-32 of all before it. Step 05's is a folder of that name wit
 """
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.options import fail, warn
+from common.options import count_gpus, fail, warn
+from common.reporting import Reporter
 
 FORMAT = 2
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
@@ -45,10 +47,17 @@ def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to the file `path` in one go: it is there whole, or as it was. Raises OSError."""
+    """Write `state` to the file `path` in one go: it is there whole, or as it was.
+
+    Raises OSError, and TypeError if `state` has in it what `read` would refuse.
+    """
     content = io.BytesIO()  # so that whatever the disk objects to arrives as an OSError
     torch.save(state, content)
+    content.seek(0)
+    if refused := torch.serialization.get_unsafe_globals_in_checkpoint(content):
+        raise TypeError(f"{refused[0]} cannot be in a snapshot, only tensors, numbers and strings")
     # Of the whole file: zip's own leave out the names and places of what is in it.
+    content.seek(0, io.SEEK_END)
     content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))
     temporary = path.parent / f".{path.name}.tmp"
     try:
@@ -64,19 +73,20 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the names in `folder` survive a power cut, where that can be asked for: not on all disks."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save(args: argparse.Namespace, **state: Any) -> None:
     """Write `state` to a new file in `args.snapshot_dir`, and delete all but the newest three.
 
-    `state` holds tensors, numbers and strings only, `global_step` among them. `fail`s if it cannot be
-    written; the snapshots before it are untouched.
+    `state` holds tensors, numbers and strings only, `global_step` among them. `fail`s if it does not, or
+    cannot be written; the snapshots before it are untouched.
     """
     folder = args.snapshot_dir
     path = folder / f"snapshot-{state['global_step']:08d}.pt"
@@ -86,16 +96,18 @@ def save(args: argparse.Namespace, **state: Any) -> None:
             old.unlink(missing_ok=True)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
+    except TypeError as error:
+        fail(f"cannot write {path}: {error}")
     if args.verbose:
         print(f"[rank {dist.get_rank() if dist.is_initialized() else 0}] saved {path}", flush=True)
 
 
 def read(path: Path) -> tuple[dict[str, Any], str]:
     """The state in the file `path`, and what is wrong with it (an empty string if nothing is)."""
+    if path.exists() and not path.is_file():
+        return {}, f"{path.name} is no file"
     try:
         content = path.read_bytes()
-    except IsADirectoryError:
-        return {}, f"{path.name} is a folder"
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
     if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
@@ -106,7 +118,7 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not isinstance(state, dict) or "format" not in state:
         return {}, "not a snapshot of this project"
-    return state, ""
+    return {**state, "checksum": content[-4:]}, ""
 
 
 def check_folder(folder: Path) -> None:
@@ -156,3 +168,41 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     for group in (state.get("param_groups") or state["optimizer"]["param_groups"]) if state else []:
         group["lr"] = args.lr
     return state
+
+
+def rng_states() -> list[dict[str, torch.Tensor]]:
+    """The state of every rank's random numbers, CPU and GPU; all ranks must call it."""
+    mine = {"cpu": torch.get_rng_state()}
+    if gpu := gpu_in_use():
+        mine["gpu"] = gpu.get_rng_state()
+    if not dist.is_initialized():
+        return [mine]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, mine)
+    return states
+
+
+def gpu_in_use() -> Any:
+    """torch.cuda, or its like for another maker's GPUs, if this process computes there; else None."""
+    gpu = torch.get_device_module() if count_gpus() else None
+    return gpu if gpu and gpu.is_initialized() else None
+
+
+def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
+    """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
+
+    Returns the epoch, the samples seen in it and the global step. At another world size each rank begins a
+    new stream of random numbers, which follows from seed, step and rank; and the samples seen are rounded up
+    to a multiple of the world size: a few images are left out.
+    """
+    ranks, epoch, step = report.world_size, state["epoch"], state["global_step"]
+    if len(state["rng"]) == ranks:
+        mine = state["rng"][report.rank]
+        torch.set_rng_state(mine["cpu"])
+        if "gpu" in mine and (gpu := gpu_in_use()):
+            gpu.set_rng_state(mine["gpu"])
+    else:
+        torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
+        report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
+    report.say(f"resumed from {report.args.snapshot_dir}: epoch {epoch}, step {step}")
+    return epoch, -(-state["samples_seen"] // ranks) * ranks, step

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "05_fsdp")]
 import torch  # noqa: E402
 
 import sharded  # noqa: E402  # from step 05's folder
+from common import snapshot  # noqa: E402
 from common.snapshot import snapshots, step_of  # noqa: E402
 
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
@@ -274,7 +275,8 @@ def drawn(folder: Path, size: int) -> list[list[list[int]]]:
     processes = []
     for file in sorted(folder.glob("drawn-*")):
         lines = [list(map(int, line.split()[1:])) for line in file.read_text().splitlines()]
-        processes.append([indices for length, *indices in lines if length == size])
+        batches = [indices for length, *indices in lines if length == size]
+        processes.append(batches[batches[0] == [0, 1] :])  # without DDP's, of no step
     return processes
 
 
@@ -305,8 +307,9 @@ def newest(folder: Path) -> dict[str, Any]:
     """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
     if path.is_file():
-        return dict(torch.load(path, weights_only=True))
-    return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(path, sharded.read(path)[0]))
+        state, _ = snapshot.read(path)
+        return {name: value for name, value in state.items() if name != "checksum"}  # which is the file's
+    return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(sharded.read(path)[0]))
 
 
 @dataclass

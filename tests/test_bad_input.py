@@ -1,5 +1,6 @@
 """What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind."""
 
+import json
 import os
 import socket
 import sys
@@ -33,13 +34,19 @@ def in_session(pid):
 
 
 def run(step, flags, folder, **env):
-    """Run a step's script, with one rank; its status, stdout and stderr. It leaves no process behind."""
-    world = {"02": {}, "01": {}}.get(step, ONE_RANK)
+    """Run a step's script, with one rank; its status, stdout and stderr. It leaves no process behind.
+
+    As under torchrun, whose summary, the last thing on the screen, shows what it finds in a file.
+    """
+    world = {"02": {}, "01": {}}.get(step, {**ONE_RANK, "TORCHELASTIC_ERROR_FILE": str(folder / "summary")})
     extra = {name: value for name, value in {**world, **env}.items() if value is not None}
     words = [sys.executable, str(ROOT / FOLDERS[step] / "train.py")]
     process = start([*words, *(["--world-size=1"] if step == "02" else []), *flags], folder, **extra)
     status = process.process.wait(60)
     wait_until(lambda: not in_session(process.pid), "the end of all that it started", 20)
+    if step in UNDER_TORCHRUN and status:
+        summary = json.loads((folder / "summary").read_text())["message"]
+        assert [summary["message"]] == errors(process.err) and int(summary["extraInfo"]["timestamp"])
     return status, process.out, process.err
 
 
@@ -139,7 +146,7 @@ def test_bad_flags(tmp_path, step, flags):
 
 @pytest.mark.parametrize("flags", [[], ["--use-gpu=1"]], ids=["by default", "--use-gpu=1"])
 def test_step_05_does_not_take_cpus_for_gpus(tmp_path, flags):
-    check(run("05", [DIGITS, *flags], tmp_path), "CUDA is not available: practise on CPUs with --use-gpu 0")
+    check(run("05", [DIGITS, *flags], tmp_path), "there is none here: practise on CPUs with --use-gpu 0")
 
 
 def sized(path, size, header=b""):

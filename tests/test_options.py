@@ -48,7 +48,7 @@ def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step
     status, out, err = finish(start([*command(step, ranks), *flags], tmp_path, CUDA_VISIBLE_DEVICES=""))
     print(out, err)
     assert status == 0
-    warning = "warning: --use-gpu 1, but CUDA is not available here: training on the CPU"
+    warning = "warning: --use-gpu 1, but there is no GPU here that ranks can use: training on the CPU"
     assert err.count(warning) == use_gpu
     assert ", cpu, float32" in out
     batches = 128 // (16 * ranks)
