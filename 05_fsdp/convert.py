@@ -88,6 +88,9 @@ def main(args):
         fail(f"cannot write {other}: {error.strerror}; make room")
     except dcp.CheckpointException as error:
         fail(f"cannot write {other}: {sharded.reason_of(error)}; make room")
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{path} does not fit the model that it names ({reason}): is the code another?")
     print(f"wrote {other}")
 
 

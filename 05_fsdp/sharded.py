@@ -70,9 +70,11 @@ def read(path):
     state, problem = snapshot.read(path / STATE)
     if problem:
         return {}, problem
-    checksums = state.get("checksums")
+    checksums, groups = state.get("checksums"), state.get("param_groups")
     if not isinstance(checksums, dict) or METADATA not in checksums:
         return {}, f"{STATE} is of no sharded snapshot"
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return {}, f"{STATE} has no param_groups"
     there = {file.name for file in path.iterdir() if file.is_file()}
     for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
         return {}, f"{name} does not belong here"

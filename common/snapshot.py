@@ -23,6 +23,8 @@ from common.options import count_gpus, fail, warn
 from common.reporting import Reporter
 
 FORMAT = 2
+KINDS = dict.fromkeys(("seed", "epoch", "samples_seen", "global_step"), int)
+KINDS |= {"run": str, "precision": str, "rng": list, "flags": dict}  # of what is in every snapshot
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
@@ -116,8 +118,13 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
         return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         return {}, "not a snapshot of this project"
+    for name, kind in KINDS.items() if state["format"] == FORMAT else ():
+        if not isinstance(state.get(name), kind):
+            return {}, f"{name} is missing, or no {kind.__name__}"
+    if not all(isinstance(mine, dict) and "cpu" in mine for mine in state.get("rng", ())):
+        return {}, "rng does not hold the state of random numbers"
     return {**state, "checksum": content[-4:]}, ""
 
 
@@ -165,8 +172,9 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
         dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
         if len(set(found)) > 1:
             fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
-    for group in (state.get("param_groups") or state["optimizer"]["param_groups"]) if state else []:
-        group["lr"] = args.lr
+    if state:
+        for group in state["param_groups"] if sharded else state["optimizer"]["param_groups"]:
+            group["lr"] = args.lr
     return state
 
 

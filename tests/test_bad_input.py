@@ -195,6 +195,7 @@ OTHER = {
 
 def plain_snapshot(path, **changed):
     state = {"format": 2, "run": "cnn-synthetic-128", "seed": 0, "precision": "float32"}
+    state |= {"epoch": 0, "samples_seen": 0, "rng": [], "flags": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, {**state, "global_step": 1, **changed})
 

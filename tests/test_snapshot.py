@@ -24,7 +24,7 @@ def flags(folder, **changed):
 
 
 def state(step):
-    rest = {"optimizer": {"param_groups": []}, "epoch": 0, "global_step": step}
+    rest = {"optimizer": {"param_groups": []}, "epoch": 0, "samples_seen": 0, "global_step": step, "rng": []}
     return {"model": {"w": torch.full((10_000,), float(step))}, **rest}
 
 
@@ -43,7 +43,7 @@ def folder(tmp_path):
 def save_sharded(folder, step):
     tensors = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
     dcp.save(tensors, checkpoint_id=shards.unfinished(folder, step), no_dist=True)
-    rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "global_step": step}
+    rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "samples_seen": 0, "global_step": step, "rng": []}
     return shards.finish(folder, snapshot.complete(flags(folder), rest))
 
 
