@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
 # Prints one torchrun command for each node, checks the nodes, or starts them. ./launch_multinode.sh --help
+# Written for bash 3.2 and the tools that Linux and macOS have in common.
 set -uo pipefail
+
+# torchrun starts its ranks by way of this (PYTHON_EXEC below), so that each leaves a note of its process id.
+if [ -n "${RANK_NOTES-}" ] && [ -n "${LOCAL_RANK-}" ]; then
+    echo $$ >"$RANK_NOTES/$LOCAL_RANK" && exec python3 "$@"
+    exit
+fi
 
 usage() {
     cat <<'EOF'
@@ -47,6 +54,7 @@ whole_number() { # FLAG VALUE LOWEST
 }
 
 # The interface by which packets leave for a host: the one that gloo and NCCL have to use.
+# Linux only: there is no command for it that other systems have, too.
 interface_to() {
     local address
     command -v ip >/dev/null || fail "no 'ip' command here (package iproute2): give --interface NAME"
@@ -111,7 +119,8 @@ if [ "$mode" = local ]; then
     [ -z "$hosts$master$interface" ] || fail "--local runs here: leave out --hosts, --master-addr and --interface"
     # Other nodes would have GPUs of their own; these share one machine's.
     set -- --use-gpu 0 "$@"
-    hosts=$(printf '127.0.0.1,%.0s' $(seq "$nodes_here")) master=127.0.0.1
+    master=127.0.0.1
+    for ((k = 0; k < nodes_here; k++)); do hosts+=$master,; done
     # One that is free, below those that the system gives to outgoing connections: nothing takes it meanwhile.
     while [ -z "$port" ] || (exec 6<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((20000 + RANDOM % 12000)); done
 elif [ -z "$hosts" ]; then
@@ -214,7 +223,7 @@ fi
 # --- reaching the nodes
 
 read -r -a ssh_words <<<"$ssh"
-scratch=$(mktemp -d) || exit 2
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/launch.XXXXXX") || exit 2
 trap 'rm -rf "$scratch"' EXIT
 mkfifo "$scratch/alive" "$scratch/ended" || exit 2
 
@@ -224,6 +233,7 @@ on_node() { # NODE_RANK SCRIPT
         bash -c "$2"
     else
         # In base64, so that no shell on the way has anything to interpret.
+        # Linux only in one word: before macOS 13, -d is -D.
         "${ssh_words[@]}" -- "${logins[$1]}" "bash -c \"\$(echo $(base64 <<<"$2" | tr -d '\n') | base64 -d)\""
     fi
 }
@@ -244,13 +254,14 @@ echo torch \$(python3 -c 'import importlib.metadata as m; print(m.version("torch
 command -v torchrun >/dev/null && echo torchrun there
 echo commit \$(git describe --always --dirty --exclude='*' || echo no-git)
 echo files \$(cat 0*/train.py common/*.py | cksum)
-echo interface \$(if [ -n "$interface" ]; then ls -d /sys/class/net/$interface | xargs basename
-                  else ./launch_multinode.sh --interface-to $peer; fi)
+if [ -z "$interface" ]; then echo interface \$(./launch_multinode.sh --interface-to $peer)
+elif python3 -c 'import socket; socket.if_nametoindex("$interface")'; then echo interface $interface
+fi
 if [ -n "$synthetic" ]; then echo data synthetic
 elif [ \$(ls $(printf %q "$data_dir")/MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte | wc -l) = 4 ]; then echo data mnist
 fi
 if [ $k = 0 ]; then :
-elif timeout 5 bash -c 'exec 6<>/dev/tcp/$master/$port'; then echo port open
+elif python3 -c 'import socket; socket.create_connection(("$master", $port), 5)'; then echo port open
 fi
 EOF
 }
@@ -347,15 +358,16 @@ fi
 
 # torchrun gets SIGTERM when standard input ends: it passes it on to its ranks, which save and leave, and
 # kills those that have not after 30 seconds. Whatever is left in the end, or after a minute, is killed here:
-# a torchrun that hangs, or ranks whose torchrun was killed. They are known by a variable in their environment.
+# a torchrun that hangs, or ranks whose torchrun was killed. Nothing but their notes leads to those: a rank
+# has a process group of its own, and loses its parent.
 watched() { # SCRIPT
     cat <<EOF
-mark=launched-by-$$-$RANDOM$RANDOM-\$\$
-kill_the_rest() { grep -lzx "LAUNCH=\$mark" /proc/[0-9]*/environ | cut -d / -f 3 | xargs -r kill -KILL; }
+notes=\$(mktemp -d "\${TMPDIR:-/tmp}/ranks.XXXXXX") || exit
+kill_the_rest() { for group in \$node \$(cat "\$notes"/*); do kill -KILL -- -\$group; done; }
 set -m
 exec 5<&0
 ( trap : TERM
-export LAUNCH=\$mark
+export PYTHON_EXEC=./launch_multinode.sh RANK_NOTES=\$notes
 $1
 ) </dev/null & node=\$!
 { read -r _ <&5
@@ -366,8 +378,10 @@ $1
 set +m
 wait \$node
 status=\$?
+exec 2>/dev/null # bash 3.2 tells that the watch was terminated
 kill -- -\$watch
-kill_the_rest 2>/dev/null
+kill_the_rest
+rm -rf "\$notes"
 exit \$status
 EOF
 }
