@@ -26,9 +26,8 @@ class Trainer:
         self.args, self.device = args, device
         self.model, self.optimizer = model, optimizer
         self.train_data, self.test_data = train_data, test_data
-        self.rest = []  # the images of an epoch that are still to come
-        self.fast = fast(args, device)
-        self.loader = DataLoader(
+        self.rest, self.fast = [], fast(args, device)
+        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
             train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
@@ -100,7 +99,7 @@ class Trainer:
             epoch=self.epoch,
             samples_seen=self.samples_seen,
             global_step=self.global_step,
-            rng=snapshot.rng_states(),
+            rng=snapshot.rng_states(self.device),
         )
 
     def load_snapshot(self):

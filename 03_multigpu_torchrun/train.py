@@ -53,9 +53,8 @@ class Trainer:
         self.train_data, self.test_data = train_data, test_data
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.rest = []  # the images of an epoch that are still to come
-        self.fast = fast(args, device)
-        self.loader = DataLoader(
+        self.rest, self.fast = [], fast(args, device)
+        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
             train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
@@ -127,7 +126,7 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = snapshot.rng_states()  # of every rank
+        rng = snapshot.rng_states(self.device)  # of every rank
         if self.rank != 0:
             return  # all ranks hold the same weights
         snapshot.save(

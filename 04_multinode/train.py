@@ -55,9 +55,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.rest = []  # the images of an epoch that are still to come
-        self.fast = fast(args, device)
-        self.loader = DataLoader(
+        self.rest, self.fast = [], fast(args, device)
+        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
             train_data, self.rank_batch, sampler=self.rest, drop_last=True, **self.fast
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
@@ -140,7 +139,7 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = snapshot.rng_states()  # of every rank
+        rng = snapshot.rng_states(self.device)  # of every rank
         if not self.saves:
             return  # all ranks hold the same weights
         snapshot.save(

@@ -40,6 +40,10 @@ HARMLESS = {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, to
     "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
 }
 
+# What resuming relies on. Whoever makes a file can put anything there.
+KINDS = dict.fromkeys(("seed", "epoch", "samples_seen", "global_step"), int)
+KINDS |= {"run": str, "precision": str, "flags": dict, "checksums": dict, "rng": list, "param_groups": list}
+
 
 class HarmlessUnpickler(pickle.Unpickler):
     """Refuses, with an UnpicklingError, a pickle that names anything but the HARMLESS."""
@@ -70,11 +74,16 @@ def read(path):
     state, problem = snapshot.read(path / STATE)
     if problem:
         return {}, problem
-    checksums, groups = state.get("checksums"), state.get("param_groups")
-    if not isinstance(checksums, dict) or METADATA not in checksums:
+    if state["format"] != snapshot.FORMAT:
+        return state, ""  # whoever wants to go on from it will see that
+    for name, kind in KINDS.items():
+        if not isinstance(state.get(name), kind):
+            return {}, f"{STATE} is of no sharded snapshot: {name} is missing, or no {kind.__name__}"
+    if not all(isinstance(each, dict) for each in state["rng"] + state["param_groups"]):
+        return {}, f"{STATE}: in rng and param_groups stands what is no dict"
+    checksums = state["checksums"]
+    if METADATA not in checksums:
         return {}, f"{STATE} is of no sharded snapshot"
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        return {}, f"{STATE} has no param_groups"
     there = {file.name for file in path.iterdir() if file.is_file()}
     for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
         return {}, f"{name} does not belong here"
@@ -213,8 +222,8 @@ class Saver:
                     print(f"[rank 0] saved {path}", flush=True)
         except dcp.CheckpointException as error:  # the same on all ranks
             free = shutil.disk_usage(self.folder).free / 1e6  # the reason is not always the disk's
-            rank, reason = min(error.failures), reason_of(error)
-            problem = [f"rank {rank} cannot write its shards: {reason} ({free:.1f} MB are free); {snapshot.REMEDY}"]
+            what = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
+            problem = [f"{what} ({free:.1f} MB are free); {snapshot.REMEDY}"]
         except OSError as error:
             problem = [f"cannot write to {self.folder}: {error.strerror}; {snapshot.REMEDY}"]
         except TypeError as error:

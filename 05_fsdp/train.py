@@ -101,9 +101,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.rest = []  # the images of an epoch that are still to come
-        self.fast = fast(args, device)
-        self.loader = DataLoader(
+        self.rest, self.fast = [], fast(args, device)
+        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
             train_data, self.rank_batch, sampler=self.rest, drop_last=True, **self.fast
         )
         self.report = Reporter(args, device, len(train_data))
@@ -209,7 +208,7 @@ class Trainer:
             epoch=self.epoch,
             samples_seen=self.samples_seen,
             global_step=self.global_step,
-            rng=snapshot.rng_states(),
+            rng=snapshot.rng_states(self.device),
         )
 
     def load_snapshot(self):

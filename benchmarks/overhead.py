@@ -58,7 +58,7 @@ def loading(data: Any, args: argparse.Namespace) -> None:
     normalise = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     theirs = datasets.MNIST(args.data_dir, transform=normalise)
     usual = DataLoader(theirs, batch_size=args.batch_size, shuffle=True)
-    ours = DataLoader(data, batch_size=args.batch_size, shuffle=True, **fast(torch.device("cpu")))
+    ours = DataLoader(data, batch_size=args.batch_size, shuffle=True, **fast(args, torch.device("cpu")))
     rates: dict[str, list[float]] = {"usual": [], "ours": []}
     for _ in range(args.rounds):
         rates["usual"].append(len(data) / seconds(lambda: drain(usual)))

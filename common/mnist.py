@@ -31,8 +31,6 @@ FILES = {
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
 
-FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
-
 
 class Digits(TensorDataset):
     """Images uint8 (N, 28, 28) and labels int64 (N,), handed out a whole batch at a time.
@@ -56,13 +54,12 @@ class Digits(TensorDataset):
 def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments that let it load `Digits` fast, and draw no random numbers.
 
-    `__getitems__` has already made the batch, a tuple, which `tuple` returns as it is. Pinned memory can
-    be copied to a GPU while that computes. The loader draws a seed for workers at the start of each epoch,
-    by default from the generator whose state the snapshots keep: a resumed run would draw one more.
+    `__getitems__` has made the batch, a tuple, which `tuple` returns as it is. The loader draws a seed for
+    workers in each epoch, by default from the generator that snapshots keep: a resumed run would draw more.
     """
+    how = {"collate_fn": tuple, "generator": torch.Generator(), "pin_memory": device.type != "cpu"}
     workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-    speed = {"pin_memory": device.type != "cpu", "worker_init_fn": ignore_signals, **workers}
-    return {"collate_fn": tuple, "generator": torch.Generator(), **speed}
+    return {**how, **workers, "worker_init_fn": ignore_signals}
 
 
 def ignore_signals(worker: int) -> None:
@@ -74,9 +71,8 @@ def ignore_signals(worker: int) -> None:
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
     """MNIST's training and test set from `data_dir/MNIST/raw`, downloaded if need be; or synthetic ones.
 
-    `num_samples` asks for so many synthetic training digits, and a sixth of it to test on; without a
-    network and without files there are 60,000, and their `fallback` says so. `fail`s when files are
-    damaged or the folder cannot be written.
+    `num_samples` asks for so many synthetic training digits, and a sixth of it to test on; without network
+    and files there are 60,000, whose `fallback` says so. `fail`s when files are damaged or can't be written.
     """
     raw, fallback = data_dir / "MNIST" / "raw", ""
     if num_samples is None:
@@ -85,7 +81,7 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
             return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
         fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
         warn(fallback)
-    count = num_samples or FALLBACK
+    count = num_samples or 60_000  # as many as MNIST has
     name = f"synthetic-{count}"
     # Fixed seeds: the data is the same whatever `--seed` says, and on every rank.
     train, test = synthetic_digits(count, seed=0), synthetic_digits(max(1, count // 6), seed=1)
@@ -99,8 +95,7 @@ def read(path: Path) -> torch.Tensor:
         content = path.read_bytes()
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or point --data-dir elsewhere")
-    images = "images" in path.name
-    header = 16 if images else 8
+    header = 16 if (images := "images" in path.name) else 8
     # The third byte is the type (8: unsigned bytes), the fourth the number of dimensions.
     if len(content) != FILES[path.name] or content[:4] != bytes([0, 0, 8, 3 if images else 1]):
         fail(f"{path} is damaged: {len(content):,} bytes of {FILES[path.name]:,}, or a wrong header; {how}")
@@ -113,12 +108,11 @@ def read(path: Path) -> torch.Tensor:
 
 
 def download(data_dir: Path, raw: Path) -> str:
-    """Download MNIST's files to `raw` unless they are there; one process does, the others wait for it.
+    """Download MNIST's files to `raw` unless they are there, in one process, for which the others wait.
 
     Returns an empty string, or why no mirror could be reached. `fail`s if the folder cannot be written.
     """
-    asked = time.time()
-    failure = data_dir / ".mnist-download-failed"
+    asked, failure = time.time(), data_dir / ".mnist-download-failed"
     try:
         if all((raw / name).exists() for name in FILES):
             return ""

@@ -30,16 +30,9 @@ def cnn(args: argparse.Namespace) -> nn.Module:
     No dropout, no batch norm: a sample's gradient does not depend on its batch, nor a step on the world size.
     """
     return nn.Sequential(
-        nn.Conv2d(1, 16, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32 * 7 * 7, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
+        *(nn.Conv2d(1, 16, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10)),
     )
 
 
@@ -64,14 +57,9 @@ def vit(args: argparse.Namespace) -> nn.Module:
     from torchvision.models import VisionTransformer
 
     width = args.vit_width
+    size = {"num_layers": args.vit_depth, "hidden_dim": width, "mlp_dim": 2 * width}
     net = VisionTransformer(
-        image_size=28,
-        patch_size=7,
-        num_layers=args.vit_depth,
-        num_heads=max(4, width // 64),
-        hidden_dim=width,
-        mlp_dim=2 * width,
-        num_classes=10,
+        image_size=28, patch_size=7, num_heads=max(4, width // 64), num_classes=10, **size
     )
     net.conv_proj = nn.Conv2d(1, width, kernel_size=7, stride=7)
     return net
@@ -88,8 +76,8 @@ def model_name(args: argparse.Namespace) -> str:
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The model that the flags ask for, initialised from the global random state.
 
-    Its parameters are float64 with `--precision float64` (the same numbers, cast), else float32.
-    `--compile` compiles it in place: the names of its parameters stay what they are.
+    In float64 with `--precision float64` (the same numbers, cast), else float32. `--compile` compiles it in
+    place: the names of its parameters stay what they are.
     """
     model: nn.Module = Normalized(MODELS[args.model](args))
     if args.precision == "float64":

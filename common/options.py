@@ -23,10 +23,9 @@ def fail(message: str) -> NoReturn:
     """Print `error: message` and exit with status 2: for what the user can put right.
 
     Ranks mostly meet the same mistake. Local rank 0 says it; the launcher ends the others (SIGTERM)
-    meanwhile. A rank that is not ended was alone with its mistake. torchrun's summary, the last thing on
-    the screen, shows it too: it looks for JSON in a file, as `@record` writes it for exceptions.
+    meanwhile. A rank that is not ended was alone with its mistake.
     """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # from which torchrun's summary has it
         said = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": said}))
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -83,21 +82,20 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.set_defaults(step=step, accumulate=1)  # which steps 04 and 05 make a flag
-    seed = functools.partial(whole_number, low=0, high=2**32 - 1)  # to which the epoch is added
+    natural = functools.partial(whole_number, low=0, high=2**32 - 1)  # a seed: the epoch is added to it
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
-    workers = functools.partial(whole_number, low=0)
     digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
-    add("--seed", type=seed, default=0, metavar="N", help="the same on every rank (0)")
+    add("--seed", type=natural, default=0, metavar="N", help="the same on every rank (0)")
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
     add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
     add("--num-samples", type=digits, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
-    add("--num-workers", type=workers, default=0, metavar="N", help="processes that load the data (0: none)")
+    add("--num-workers", type=natural, default=0, metavar="N", help="processes that load the data (0: none)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")
@@ -117,14 +115,12 @@ def check_torchrun() -> None:
     for name in numbers:
         if not re.fullmatch(r"\d{1,9}", os.environ[name]):
             fail(f"{name} is '{os.environ[name]}', and no number; {how}")
-    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if int(os.environ[name]) >= int(os.environ[size]):
-            fail(f"{name} is {os.environ[name]}, and must be below {size}, {os.environ[size]}; {how}")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if int(port) > 65535:
-        fail(f"MASTER_PORT is {port}, and must be below 65536; {how}")
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_PORT", "65536")):
+        if int(os.environ[name]) >= int(os.environ.get(limit, limit)):
+            size = f", {os.environ[limit]}" if limit in os.environ else ""
+            fail(f"{name} is {os.environ[name]}, and must be below {limit}{size}; {how}")
     try:
-        socket.getaddrinfo(address, port)
+        socket.getaddrinfo(address := os.environ["MASTER_ADDR"], None)
     except OSError as error:
         fail(f"MASTER_ADDR is '{address}', which leads nowhere ({error.strerror}): give rank 0's address")
 
@@ -145,8 +141,8 @@ def count_gpus() -> int:
 def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 0) -> torch.device:
     """The device of one of this machine's processes: GPU number `local_rank`, or its share of the cores.
 
-    `use_gpu` None takes GPUs if there are any, 1 falls back to the CPU with a warning. `fail`s when there
-    are more processes (`local_world_size`, by default torchrun's) than GPUs.
+    `use_gpu` None takes GPUs if there are any, 1 falls back to the CPU with a warning. `fail`s when there are
+    more processes (`local_world_size`, by default torchrun's) than GPUs.
     """
     os.environ["LOCAL_RANK"] = str(local_rank)
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))

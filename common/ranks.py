@@ -32,33 +32,24 @@ STEPS = 5  # between two votes at most: the steps may become longer
 class Control:
     """Lets all ranks stop after the same step when one of them is told to.
 
-    A rank that left alone would let the others wait for it in their next collective. So the ranks vote,
-    over gloo, beside the training: a vote begins in one step and is read in the next, when it has long been
-    counted. A rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
+    A rank that left alone would let the others wait in their next collective. So the ranks vote, over gloo,
+    beside the training: a vote begins in one step and is read in the next, when it has long been counted. A
+    rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
     """
 
     signal = 0  # the last that this process has had
 
     def __init__(self, seconds: int = 120):
-        """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost.
-
-        The vote gives up before that: NCCL, given up, would end the process before it has said why.
-        """
-        self.launcher = os.getppid()
-        self.group: Any = None
-        if dist.is_initialized():
-            first = timedelta(seconds=seconds - min(30, seconds / 2))
-            self.group = dist.new_group(backend="gloo", timeout=first)
+        """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost."""
+        # NCCL ends a process that waits too long before that can say why: the vote gives up earlier.
+        earlier = timedelta(seconds=seconds - min(30, seconds / 2))
+        self.group: Any = dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None
+        self.launcher, self.clock = os.getppid(), time.perf_counter()
         self.step = self.next = 0
-        self.clock = time.perf_counter()
-        self.ballot: Any = None
-        self.counting: Any = None
+        self.vote: Any = None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    @staticmethod  # or the handler would keep the group for ever
-    def note(number: int, frame: Any) -> None:
-        Control.signal = number
+            # No method of this object, which the handler would keep for ever, and with it the group.
+            signal.signal(number, lambda number, frame: setattr(Control, "signal", number))
 
     def asked_to_stop(self) -> int:
         """0, or the number of the signal to stop for: the same on all ranks, which call this in each step."""
@@ -66,16 +57,17 @@ class Control:
             return self.signal
         stop, now = 0, time.perf_counter()
         took, self.clock, self.step = now - self.clock, now, self.step + 1
-        if self.counting:  # a vote that has begun in the step before
-            self.counting.wait()
-            stop, slowest = self.ballot.tolist()
+        if self.vote:  # it has begun in the step before
+            ballot, counting = self.vote
+            counting.wait()
+            stop, slowest = ballot.tolist()
             # From a number that all ranks have: they begin the next vote in the same step, too.
-            self.counting, steps = None, int(SECONDS * 1e6 / max(1, slowest))
+            self.vote, steps = None, int(SECONDS * 1e6 / max(1, slowest))
             self.next = self.step - 1 + max(1, min(STEPS, steps))
         if not stop and self.step >= self.next:
             gone = os.getppid() != self.launcher
-            self.ballot = torch.tensor([signal.SIGTERM if gone else self.signal, int(took * 1e6)])
-            self.counting = dist.all_reduce(self.ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            ballot = torch.tensor([signal.SIGTERM if gone else self.signal, int(took * 1e6)])
+            self.vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return stop
 
     def leave(self, number: int, report: Reporter, global_step: int) -> None:
@@ -90,7 +82,7 @@ def arrange_buckets(trainer: Any) -> None:
     """A backward pass that trains nothing: DDP arranges its buckets behind the first one, for good.
 
     Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
-    first step is another, would differ in the last bit. In eval mode, so that no random number is drawn.
+    first step is another, would differ in the last bit. In eval mode, to draw no random numbers.
     """
     batch = next(iter(DataLoader(trainer.train_data, 2, **trainer.fast)))
     trainer.model.eval()
@@ -101,7 +93,7 @@ def arrange_buckets(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def meeting() -> Iterator[None]:
-    """Around `init_process_group`: one line when the ranks do not find each other."""
+    """Around `init_process_group`: one line when the ranks do not find each other, or have no connection."""
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -111,10 +103,7 @@ def meeting() -> Iterator[None]:
 
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
-    """`fail`, naming who has what, if flags, code, data (its checksum) or torch of a rank are not rank 0's.
-
-    Code is what stands in `common` and in the folder of `script`, the calling train.py's `__file__`.
-    """
+    """`fail`, naming who has what, if a rank has other flags, code (where `script` is), data or torch."""
     own = ["data_dir", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
     folders = (Path(script).parent, Path(__file__).parent)
@@ -133,10 +122,7 @@ def check_same(args: argparse.Namespace, script: str, data: str) -> None:
 
 
 def disk_mates(folder: Path) -> list[int]:
-    """The ranks whose `folder` is the same as this rank's, itself included; all ranks must call it.
-
-    Each rank puts a mark into its own, and looks whose marks it sees. Makes the folder; `fail`s if it can't.
-    """
+    """The ranks, all of which call this, that share this rank's `folder`. `fail`s if it can't be made."""
     snapshot.check_folder(folder)
     mark = folder / f".snapshot-{uuid.uuid4()}.tmp"  # the next save would clear it away
     mark.touch()
@@ -151,18 +137,17 @@ def disk_mates(folder: Path) -> list[int]:
 def let_go() -> None:
     """In the `finally` before `destroy_process_group`: lets that work, and keeps the first error in sight.
 
-    An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows
-    the first rank's error and ends this rank. If nothing does, this error is all there is.
-    While something holds a process group (DDP, the frames of a traceback), gloo's threads go on, and now
-    and then abort the process in the middle of Python's own end. After an error no group is left to destroy.
+    An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows the
+    first rank's error and ends this rank. If nothing does, this error is all there is. While something holds
+    a group (DDP, the frames of a traceback), gloo's threads go on, and may abort the process as Python ends.
     """
     error = cause = sys.exception()
     if isinstance(error, RuntimeError):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if Control.signal and "by peer" in str(error):
             os._exit(128 + Control.signal)  # the launcher's came before the lost connection was seen
-        seen_by = f"rank {dist.get_rank()} on {socket.gethostname()}"
-        error.add_note(f"Seen by {seen_by}. After a time-out or a lost connection look at the others first.")
+        me = f"rank {dist.get_rank()} on {socket.gethostname()}"
+        error.add_note(f"Seen by {me}. After a time-out or a lost connection look at the others first.")
         time.sleep(5)
     while cause:
         traceback.clear_frames(cause.__traceback__)

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,51 +24,44 @@ class Reporter:
 
     def __init__(self, args: argparse.Namespace, device: torch.device, samples: int):
         """Announce a run on `samples` training samples. `fail`s when they are fewer than a global batch."""
-        self.args = args
-        ranks = dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
-        self.global_batch = args.batch_size * args.accumulate * self.world_size
+        self.args, self.device = args, device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank_batch = args.batch_size * args.accumulate
+        self.global_batch = self.rank_batch * self.world_size
         if self.global_batch > samples:
             fail(f"a step takes {self.global_batch} images, {args.dataset} has {samples}: lower --batch-size")
-        self.batch = self.batches = 0
-        self.images, self.seconds, self.mark = 0, 0.0, 0.0
-        self.metrics = self.open_metrics() if self.rank == 0 and args.metrics else None
+        self.batch, self.batches, self.images, self.seconds, self.mark = 0, 0, 0, 0.0, 0.0
+        self.metrics = None
+        if self.rank == 0 and args.metrics:
+            try:
+                args.metrics.parent.mkdir(parents=True, exist_ok=True)
+                self.metrics = args.metrics.open("a")  # a resumed run goes on in the same file
+            except OSError as error:
+                fail(f"cannot write --metrics {args.metrics}: {error.strerror}; choose another file")
         micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
             f"{args.step}: {args.model} on {args.dataset}, {device.type}, {args.precision}, "
             f"{self.world_size} × {micro}batch {args.batch_size} = {self.global_batch} images a step, "
             f"{args.epochs} epochs of {samples // self.global_batch} steps"
         )
-        self.detail(
-            f"local rank {os.environ.get('LOCAL_RANK', 0)}, world size {self.world_size}, device {device}, "
-            f"{torch.get_num_threads()} threads, pid {os.getpid()}, on {socket.gethostname()}, "
-            f"node {os.environ.get('GROUP_RANK', 0)}"
-        )
+        local, node = (os.environ.get(name, 0) for name in ("LOCAL_RANK", "GROUP_RANK"))
+        at = f"{torch.get_num_threads()} threads, pid {os.getpid()}, on {socket.gethostname()}, node {node}"
+        self.detail(f"local rank {local}, world size {self.world_size}, device {device}, {at}")
         run = {"world_size": self.world_size, "device": device.type, "train_samples": samples}
         self.write("start", **{**vars(args), **run})
 
-    def open_metrics(self) -> TextIO:
-        """The metrics file, open for appending: a resumed run goes on in the same file."""
-        try:
-            self.args.metrics.parent.mkdir(parents=True, exist_ok=True)
-            return open(self.args.metrics, "a")
-        except OSError as error:
-            fail(f"cannot write --metrics {self.args.metrics}: {error.strerror}; choose another file")
-
-    def say(self, line: str) -> None:
+    def say(self, line: str, rank: int = 0) -> None:
         """Print a line, on rank 0."""
-        if self.rank == 0:
-            self.print(line)
+        if self.rank == rank:
+            # Line end included in one write: ranks share the terminal, and print into each other's lines.
+            tqdm.write(f"{line}\n", file=sys.stdout, end="")
+            sys.stdout.flush()
 
     def detail(self, line: str) -> None:
         """Print a line with this rank's number in front, on every rank, with `--verbose`."""
         if self.args.verbose:
-            self.print(f"[rank {self.rank}] {line}")
-
-    def print(self, line: str) -> None:
-        # Line end included in one write: ranks share the terminal, and print into each other's lines.
-        tqdm.write(f"{line}\n", file=sys.stdout, end="")
-        sys.stdout.flush()
+            self.say(f"[rank {self.rank}] {line}", self.rank)
 
     def write(self, event: str, **values: Any) -> None:
         """Append one JSON object to the metrics file, if there is one."""
@@ -100,10 +93,9 @@ class Reporter:
         images, seconds, self.mark = len(losses) * self.global_batch, now - self.mark, now
         self.images, self.seconds = self.images + images, self.seconds + seconds
         loss, rate = sum(losses) / len(losses), images / seconds
-        where = f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}"
-        self.say(f"{where}  loss {loss:.4f}  {rate:,.0f} images/s")
-        batch = self.global_batch // self.world_size
-        self.detail(f"step {global_step}: {len(losses)} batches of {batch} in {seconds:.2f} s")
+        place = f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}"
+        self.say(f"{place}  loss {loss:.4f}  {rate:,.0f} images/s")
+        self.detail(f"step {global_step}: {len(losses)} batches of {self.rank_batch} in {seconds:.2f} s")
         numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
         self.write("train", epoch=epoch, global_step=global_step, **numbers)
 
@@ -118,12 +110,9 @@ class Reporter:
     def end(self, global_step: int) -> None:
         """Report the speed of the training steps, evaluation left out, and a fallback of the data."""
         rate = self.images / self.seconds if self.images else 0.0
-        if self.images:
-            took = f"{self.images:,} images in {self.seconds:.1f} s of training"
-            self.say(f"done: {took}, {rate:,.0f} images/s")
-        else:
-            folder = self.args.snapshot_dir
-            self.say(f"nothing left to train: raise --epochs, or delete {folder} to start afresh")
+        left = f"nothing left to train: raise --epochs, or delete {self.args.snapshot_dir} to start afresh"
+        done = f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s"
+        self.say(done if self.images else left)
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.args.caveat:
             warn(self.args.caveat)

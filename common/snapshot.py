@@ -1,9 +1,8 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
-A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same
-for steps 01 to 04: begin with one script, go on with another. Behind the last byte that `torch.load`
-reads stands the CRC-32 of all before it. Step 05's is a folder of that name without `.pt`, see
-05_fsdp/sharded.py; 05_fsdp/convert.py makes one of the other.
+A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same for
+steps 01 to 04. Behind the last byte that `torch.load` reads stands the CRC-32 of all before it. Step 05's is
+a folder, see 05_fsdp/sharded.py; 05_fsdp/convert.py makes one of the other.
 """
 
 import argparse
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.options import count_gpus, fail, warn
+from common.options import fail, warn
 from common.reporting import Reporter
 
 FORMAT = 2
-KINDS = dict.fromkeys(("seed", "epoch", "samples_seen", "global_step"), int)
-KINDS |= {"run": str, "precision": str, "rng": list, "flags": dict}  # of what is in every snapshot
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
@@ -49,10 +46,7 @@ def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to the file `path` in one go: it is there whole, or as it was.
-
-    Raises OSError, and TypeError if `state` has in it what `read` would refuse.
-    """
+    """Write `state` to the file `path` in one go, or raise OSError; TypeError if `read` would refuse it."""
     content = io.BytesIO()  # so that whatever the disk objects to arrives as an OSError
     torch.save(state, content)
     content.seek(0)
@@ -76,25 +70,21 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut, where that can be asked for: not on all disks."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as end:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        end.callback(os.close, descriptor)
+        os.fsync(descriptor)
 
 
 def save(args: argparse.Namespace, **state: Any) -> None:
     """Write `state` to a new file in `args.snapshot_dir`, and delete all but the newest three.
 
-    `state` holds tensors, numbers and strings only, `global_step` among them. `fail`s if it does not, or
-    cannot be written; the snapshots before it are untouched.
+    `state`: tensors, numbers and strings, `global_step` among them. A `fail` leaves those before untouched.
     """
-    folder = args.snapshot_dir
-    path = folder / f"snapshot-{state['global_step']:08d}.pt"
+    path = args.snapshot_dir / f"snapshot-{state['global_step']:08d}.pt"
     try:
         write(path, complete(args, state))
-        for old in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
+        for old in [*snapshots(path.parent)[KEEP:], *path.parent.glob(".snapshot-*.tmp")]:
             old.unlink(missing_ok=True)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
@@ -120,11 +110,6 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         return {}, "not a snapshot of this project"
-    for name, kind in KINDS.items() if state["format"] == FORMAT else ():
-        if not isinstance(state.get(name), kind):
-            return {}, f"{name} is missing, or no {kind.__name__}"
-    if not all(isinstance(mine, dict) and "cpu" in mine for mine in state.get("rng", ())):
-        return {}, "rng does not hold the state of random numbers"
     return {**state, "checksum": content[-4:]}, ""
 
 
@@ -142,18 +127,19 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
 
     A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when it is
-    of another run, precision, seed or format, and now, not after an hour of training, when the folder cannot
-    be written. The learning rate is `args.lr`: the flag wins. With `read_shards`, in the place of `read`,
-    snapshots are step 05's folders. All ranks call this; if they must start `alike`, it `fail`s otherwise.
+    of another run, precision, seed or format, or the folder can't be written. The flag `args.lr` wins. With
+    `read_shards`, instead of `read`, snapshots are folders. `fail`s if ranks must, and do not, start `alike`.
     """
     folder, sharded = args.snapshot_dir, read_shards is not None
     check_folder(folder)
     paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
     if others and (not paths or step_of(others[0]) > step_of(paths[0])):
-        kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
-        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
+        kind = "no" if sharded else "a"
+        fail(
+            f"{others[0]} is {kind} sharded snapshot; to go on from it: python 05_fsdp/convert.py {others[0]}"
+        )
     state: Any = None
-    damaged = []
+    damaged: list[str] = []
     for path in paths:
         state, problem = (read_shards or read)(path)
         if not problem:
@@ -165,50 +151,41 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
         warn(f"{report}; using {path} instead")
     for name, ours in complete(args, {}).items():
         if state and name != "flags" and state.get(name) != ours:
-            same = "use the same, or another --snapshot-dir"
-            fail(f"{path} was made with {name} {state.get(name)}, this run has {name} {ours}: {same}")
+            both = f"was made with {name} {state.get(name)}, this run has {name} {ours}"
+            fail(f"{path} {both}: use the same, or another --snapshot-dir")
     if alike and dist.is_initialized():
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
         if len(set(found)) > 1:
             fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
-    if state:
-        for group in state["param_groups"] if sharded else state["optimizer"]["param_groups"]:
-            group["lr"] = args.lr
+    for group in (state if sharded else state["optimizer"])["param_groups"] if state else []:
+        group["lr"] = args.lr
     return state
 
 
-def rng_states() -> list[dict[str, torch.Tensor]]:
-    """The state of every rank's random numbers, CPU and GPU; all ranks must call it."""
+def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The state of every rank's random numbers, on the CPU and on its `device`; all ranks must call it."""
     mine = {"cpu": torch.get_rng_state()}
-    if gpu := gpu_in_use():
-        mine["gpu"] = gpu.get_rng_state()
-    if not dist.is_initialized():
-        return [mine]
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, mine)
+    if device.type != "cpu":
+        mine["gpu"] = torch.get_device_module(device).get_rng_state()
+    states = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(states, mine)
     return states
-
-
-def gpu_in_use() -> Any:
-    """torch.cuda, or its like for another maker's GPUs, if this process computes there; else None."""
-    gpu = torch.get_device_module() if count_gpus() else None
-    return gpu if gpu and gpu.is_initialized() else None
 
 
 def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
     """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
 
-    Returns the epoch, the samples seen in it and the global step. At another world size each rank begins a
-    new stream of random numbers, which follows from seed, step and rank; and the samples seen are rounded up
-    to a multiple of the world size: a few images are left out.
+    Returns epoch, samples seen in it, global step. At another world size random numbers begin anew, from
+    seed, step and rank, and samples seen are rounded up to a multiple of the ranks: a few are left out.
     """
     ranks, epoch, step = report.world_size, state["epoch"], state["global_step"]
     if len(state["rng"]) == ranks:
         mine = state["rng"][report.rank]
         torch.set_rng_state(mine["cpu"])
-        if "gpu" in mine and (gpu := gpu_in_use()):
-            gpu.set_rng_state(mine["gpu"])
+        if report.device.type != "cpu" and "gpu" in mine:
+            torch.get_device_module(report.device).set_rng_state(mine["gpu"])
     else:
         torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
         report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")

@@ -59,19 +59,16 @@ def _draw(glyph: str, n: int, generator: torch.Generator) -> Tensor:
         curve = F.interpolate(row, (1, POINTS_PER_STROKE), mode="bicubic", align_corners=True)
         strokes.append(curve.squeeze(2).mT)
     path = torch.stack(strokes, dim=1)  # (n, strokes, points, xy)
-
     width, slant, angle = uniform(0.7, 1.0, 1, 1), uniform(-0.1, 0.4, 1, 1), uniform(-0.2, 0.2, 1, 1)
     x, y = path.unbind(-1)
     x = width * x - slant * y
     path = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
-
     pen, size = uniform(0.65, 1.0, 1, 1, 1), uniform(14.0, 18.5, 1, 1, 1)
     low, high = path.amin((1, 2), keepdim=True), path.amax((1, 2), keepdim=True)
     path = (path - (low + high) / 2) * size / (high - low).amax(-1, keepdim=True)
     # A Gaussian pen has faded out three widths from the path: within this room no digit is cut off.
     room = (SIDE - 1) / 2 - size / 2 - 3 * pen
     path = path + room * uniform(-1.0, 1.0, 1, 1, 2)
-
     # More ink than white can show: the core of a stroke saturates and only its edge stays soft.
     ink = (1.6 * _ink(path, pen.squeeze(1))).clamp(max=1.0)
     grain = uniform(0.8, 1.0, SIDE, SIDE)

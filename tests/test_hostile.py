@@ -288,6 +288,20 @@ def test_nothing_in_a_hostile_folder_is_run(original, tmp_path, capsys, monkeypa
     assert ends["went on from 10"] > TIMES / 2  # the one before: else nothing was refused
 
 
+def test_no_other_file_is_read_in_the_place_of_metadata(original, tmp_path, capsys, monkeypatch):
+    """Where `.metadata` says nothing, torch's own reader unpickles `__0.metadata`."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(original, tmp_path / "snapshots"))
+    path = snapshot.snapshots(folder, sharded=True)[0]
+    (path / sharded.METADATA).write_bytes(pickle.dumps(None))
+    (path / "__0.metadata").write_bytes(pickle.dumps(Attack("os.mkdir")))
+    reseal(path)
+    ended = run(lambda: go_on_from(folder), capsys)
+    print(ended)
+    assert not Path(MARK).exists()
+    assert ended == "went on from 10"
+
+
 @pytest.mark.parametrize("way", Attack.WAYS)
 def test_the_attacks_do_what_they_threaten_if_they_are_let(tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)

@@ -5,10 +5,12 @@ import errno
 import os
 import pickle
 import random
+import stat
 import zipfile
 import zlib
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -328,3 +330,96 @@ def test_what_a_killed_write_left_is_swept_up(folder):
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
     snapshot.save(flags(folder), **state(40))
     assert not list(folder.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_synced_stops_nothing(folder, monkeypatch):
+    """As on Windows and some network disks: the file is in its place by then."""
+    sync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    snapshot.save(flags(folder), **state(40))
+    assert load_newest(folder)["global_step"] == 40
+
+
+class Config:
+    """Something that torch.save takes and weights_only refuses."""
+
+
+@pytest.mark.parametrize(
+    "what", [numpy.float64(1), Config(), Path("x")], ids=lambda what: type(what).__name__
+)
+def test_what_could_not_be_loaded_is_refused_when_it_is_saved(folder, capsys, what):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        snapshot.save(flags(folder), **state(40), more={"deep": [what]})
+    err = capsys.readouterr().err
+    print(err)
+    assert stopped.value.code == 2 and err.count("\n") == 1
+    assert "cannot be in a snapshot, only tensors, numbers and strings" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+DTYPES = ["bool", "float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "float8_e5m2"]
+DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
+    tensor = (torch.arange(48) % 2).to(getattr(torch, name))
+    saved = {"model": {"w": tensor}, "optimizer": {}}
+    dcp.save(saved, checkpoint_id=shards.unfinished(tmp_path, 10), no_dist=True)
+    rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 10, "rng": []}
+    shards.finish(tmp_path, snapshot.complete(flags(tmp_path), rest))
+    loaded = {"model": {"w": torch.zeros_like(tensor)}, "optimizer": {}}
+    with shards.reader(load_newest(tmp_path, sharded=True)) as reader:
+        dcp.load(loaded, storage_reader=reader, no_dist=True)
+    assert torch.equal(loaded["model"]["w"].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_number_among_the_shards_is_refused_when_it_is_saved(sharded_folder):
+    """dcp would unpickle it when it is loaded, without an allow-list."""
+    saved = {"model": {"w": torch.ones(3)}, "optimizer": {"w": {"step": 3}}}
+    dcp.save(saved, checkpoint_id=shards.unfinished(sharded_folder, 40), no_dist=True)
+    rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 40, "rng": []}
+    with pytest.raises(TypeError, match=r"only tensors can be in shards.*BytesStorageMetadata"):
+        shards.finish(sharded_folder, snapshot.complete(flags(sharded_folder), rest))
+    assert load_newest(sharded_folder, sharded=True)["global_step"] == 30
+
+
+def test_a_whole_snapshot_is_not_replaced_by_its_equal(sharded_folder):
+    """Between two renames there would be none. A damaged one is replaced."""
+    path = snapshot.snapshots(sharded_folder, sharded=True)[0]
+    before = path.stat().st_ino
+    assert save_sharded(sharded_folder, 30) == path
+    assert path.stat().st_ino == before
+    assert not shards.unfinished(sharded_folder, 30).exists()
+    (path / shards.STATE).write_bytes(b"half")
+    save_sharded(sharded_folder, 30)
+    assert path.stat().st_ino != before
+    assert load_newest(sharded_folder, sharded=True)["global_step"] == 30
+
+
+def test_shards_are_written_without_a_gpus_help(tmp_path, monkeypatch):
+    """They are in the CPU's memory: copying ahead would open a context on the first GPU, on every rank."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: using it would raise
+    tensors = {"model": {"w": torch.ones(10_000)}}
+    dcp.save(tensors, storage_writer=shards.writer(tmp_path, 10), no_dist=True)
+    assert (shards.unfinished(tmp_path, 10) / shards.METADATA).exists()
+
+
+def test_weights_of_a_gpu_are_read_on_the_cpu(tmp_path):
+    """Whoever compares runs of several GPUs would open a context on each, and subtract across devices."""
+    torch.serialization.register_package(0, lambda storage: "cuda:1", lambda storage, location: None)
+    try:
+        snapshot.save(flags(tmp_path), **state(10))
+    finally:
+        torch.serialization._package_registry.pop(0)
+    path = snapshot.snapshots(tmp_path)[0]
+    with pytest.raises(RuntimeError, match="cuda"):  # the file says where its tensors were
+        torch.load(path, weights_only=True)
+    assert snapshot.read(path)[0]["model"]["w"].device == torch.device("cpu")
