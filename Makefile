@@ -1,14 +1,16 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
 # make test   the same for the tests; make test-all adds those that repeat, or need root
+# make gpu    the tests for a machine with a GPU; with python3 as it is, which has torch and pytest
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make bench  what loading the data, step 05's flags, and a slow link (as root) cost
 # Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
 DATA_DIR ?= data
+GPU_PRETEND ?= no
 VENV := .venv/bin
 
-.PHONY: train test test-all soak bench lint clean
+.PHONY: train test test-all gpu soak bench lint clean
 
 train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
@@ -18,6 +20,11 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(VENV)/python -m pytest --all --data-dir=$(DATA_DIR) $(ARGS)
+
+# Not from .venv: a GPU's machine comes with a torch that fits its driver. Without pytest-xdist, so no addopts.
+gpu:
+	GPU_PRETEND=$(GPU_PRETEND) $(PYTHON) -m pytest -o addopts= -ra --durations=0 --durations-min=1 --all $(ARGS) \
+		tests/test_gpu.py
 
 soak: .venv/installed-dev
 	$(VENV)/python tests/soak.py $(ARGS)

@@ -163,9 +163,9 @@ class Trainer:
             state = sent[0]
         if state is None:
             return
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args, device):

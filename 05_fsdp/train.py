@@ -215,6 +215,7 @@ class Trainer:
         state = snapshot.load_newest(self.args, sharded.read)
         if state is None:
             return
+        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
         model, optimizer = get_state_dict(self.model, self.optimizer)
         shards = {"model": model, "optimizer": optimizer["state"]}
         with sharded.reader(state) as reader:
@@ -222,7 +223,6 @@ class Trainer:
         optimizer["state"] = shards["optimizer"]
         loaded = {"model_state_dict": model, "optim_state_dict": optimizer}
         set_state_dict(self.model, self.optimizer, **loaded)
-        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
 
 
 def main(args, device):

@@ -30,6 +30,7 @@ FILES = {
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
 
 
 class Digits(TensorDataset):
@@ -81,7 +82,7 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
             return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
         fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
         warn(fallback)
-    count = num_samples or 60_000  # as many as MNIST has
+    count = num_samples or FALLBACK
     name = f"synthetic-{count}"
     # Fixed seeds: the data is the same whatever `--seed` says, and on every rank.
     train, test = synthetic_digits(count, seed=0), synthetic_digits(max(1, count // 6), seed=1)

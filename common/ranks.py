@@ -25,8 +25,7 @@ from common import snapshot
 from common.options import fail
 from common.reporting import Reporter
 
-SECONDS = 0.1  # between two votes, or the length of a step, if that is more
-STEPS = 5  # between two votes at most: the steps may become longer
+SECONDS, STEPS = 0.1, 5  # between two votes, whichever comes first: steps may become longer
 
 
 class Control:

@@ -127,17 +127,15 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
 
     A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when it is
-    of another run, precision, seed or format, or the folder can't be written. The flag `args.lr` wins. With
-    `read_shards`, instead of `read`, snapshots are folders. `fail`s if ranks must, and do not, start `alike`.
+    of another run, precision, seed or format, or the folder can't be written. With `read_shards`, instead
+    of `read`, snapshots are folders. `fail`s, too, if ranks must start `alike` and do not.
     """
     folder, sharded = args.snapshot_dir, read_shards is not None
     check_folder(folder)
     paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
     if others and (not paths or step_of(others[0]) > step_of(paths[0])):
-        kind = "no" if sharded else "a"
-        fail(
-            f"{others[0]} is {kind} sharded snapshot; to go on from it: python 05_fsdp/convert.py {others[0]}"
-        )
+        kind = f"is {'no' if sharded else 'a'} sharded snapshot"
+        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
     state: Any = None
     damaged: list[str] = []
     for path in paths:
@@ -158,8 +156,6 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
         dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
         if len(set(found)) > 1:
             fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
-    for group in (state if sharded else state["optimizer"])["param_groups"] if state else []:
-        group["lr"] = args.lr
     return state
 
 
@@ -189,5 +185,7 @@ def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
     else:
         torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
         report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
+    for group in state.get("optimizer", state)["param_groups"]:
+        group.update(lr=report.args.lr, fused=report.device.type != "cpu")  # this run's, not the snapshot's
     report.say(f"resumed from {report.args.snapshot_dir}: epoch {epoch}, step {step}")
     return epoch, -(-state["samples_seen"] // ranks) * ranks, step

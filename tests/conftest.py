@@ -18,11 +18,13 @@ pytest.register_assert_rewrite("helpers", "soak")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
 
 import forks  # noqa: E402
+import torch  # noqa: E402
 from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, Run, read_run, train  # noqa: E402
 
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
     "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
+    "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
 }
 # What is started from here begins with Ctrl-C as it is by default, however `make test` was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,8 +32,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
-    parser.addoption("--all", action="store_true", help="also the tests that are marked slow or root")
+    parser.addoption("--all", action="store_true", help="also the tests that are marked slow, root or gpu")
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+
+
+def pytest_report_header() -> str:
+    """What the word of these tests is worth."""
+    return "GPUs: " + str(torch.cuda.device_count() or "none; tests/test_gpu.py pretends, on CPUs")
 
 
 def pytest_configure(config: pytest.Config) -> None:

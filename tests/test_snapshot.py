@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import sharded as shards
 from common import snapshot
+from common.reporting import Reporter
 
 
 def flags(folder, **changed):
@@ -93,10 +94,14 @@ def test_the_learning_rate_is_the_flags(sharded, tmp_path):
     if sharded:
         save_sharded(tmp_path, 10)
     else:
-        snapshot.save(flags(tmp_path), **{**state(10), "optimizer": {"param_groups": [{"lr": 0.1}]}})
+        groups = [{"lr": 0.1, "fused": True}]  # as on a GPU
+        snapshot.save(flags(tmp_path), **{**state(10), "optimizer": {"param_groups": groups}})
     loaded = load_newest(tmp_path, sharded)
+    said = {"step": "", "model": "", "dataset": "", "epochs": 1, "batch_size": 1, "accumulate": 1}
+    args = flags(tmp_path, metrics=None, **said)
+    snapshot.resume(loaded, Reporter(args, torch.device("cpu"), 10))
     groups = loaded["param_groups"] if sharded else loaded["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [0.001]
+    assert [(group["lr"], group["fused"]) for group in groups] == [(0.001, False)]
 
 
 def damage(kind, path):

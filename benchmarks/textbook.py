@@ -1,0 +1,121 @@
+"""What the speed of the steps is measured beside: a textbook's loop, and the bare one.
+
+    python benchmarks/textbook.py --data-dir data --batch-sizes 64,256,1024
+
+The textbook's is written as github.com/pytorch/examples trains on MNIST: a picture and two transforms for
+each image, one worker process, `loss.item()` every ten batches. The bare one has its batches on the device
+before it starts. Both train the steps' `cnn`. Prints one line of JSON: images/s at each batch size.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torchvision import transforms  # noqa: E402
+
+from common.mnist import Digits, load_mnist  # noqa: E402
+from common.models import MEAN, STD, build_model, cnn  # noqa: E402
+from common.options import make_parser, pick_device  # noqa: E402
+
+
+class Pictures(Dataset[Any]):
+    """Digits one by one, as torchvision.datasets.MNIST hands them out."""
+
+    def __init__(self, digits: Digits, transform: Callable[[Image.Image], torch.Tensor]):
+        self.digits, self.transform = digits, transform
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        picture = Image.fromarray(self.digits.images[index].numpy(), mode="L")
+        return self.transform(picture), int(self.digits.labels[index])
+
+
+def train(
+    model: torch.nn.Module,
+    device: torch.device,
+    loader: Iterable[Any],
+    optimizer: torch.optim.Optimizer,
+    log_every: int | None,
+) -> None:
+    """One epoch; with `log_every`, the CPU waits for the loss in every so many batches."""
+    model.train()
+    for index, (data, target) in enumerate(loader):
+        data, target = data.to(device), target.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(data), target)
+        loss.backward()
+        optimizer.step()
+        if log_every and index % log_every == 0:
+            loss.item()
+
+
+def rate(epoch: Callable[[], None], images: int, rounds: int, device: torch.device) -> int:
+    """Images per second, the median of some epochs; the one before them is not counted."""
+    seconds = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        epoch()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return round(images / statistics.median(seconds[1:]))
+
+
+def textbook(args: argparse.Namespace, device: torch.device, digits: Digits, batch_size: int) -> int:
+    """Images per second of the textbook's loop."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    on_gpu: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
+    loader: DataLoader[Any] = DataLoader(
+        Pictures(digits, transform), batch_size, shuffle=True, **(on_gpu if device.type != "cpu" else {})
+    )
+    model = cnn(args).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    return rate(lambda: train(model, device, loader, optimizer, 10), len(digits), args.rounds, device)
+
+
+def bare(args: argparse.Namespace, device: torch.device, digits: Digits, batch_size: int) -> int:
+    """Images per second of a loop that loads and reports nothing."""
+    count = len(digits) // batch_size * batch_size
+    rows = torch.randperm(len(digits))[:count].split(batch_size)
+    batches = [(digits.images[some].to(device), digits.labels[some].to(device)) for some in rows]
+    model = build_model(args).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
+    return rate(lambda: train(model, device, batches, optimizer, None), count, args.rounds, device)
+
+
+def main() -> None:
+    parser = make_parser(__file__, __doc__ or "")
+    parser.add_argument(
+        "--batch-sizes", default="64,256,1024", metavar="N,N", help="64,256,1024 unless given"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="epochs that are timed (3)")
+    args = parser.parse_args()
+    device = pick_device(args.use_gpu)
+    digits, _ = load_mnist(args.data_dir, args.num_samples)
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
+    print(
+        json.dumps(
+            {
+                loop.__name__: {size: loop(args, device, digits, size) for size in sizes}
+                for loop in (textbook, bare)
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
