@@ -1,0 +1,406 @@
+"""Flags that are given together, and the moments at which a run is stopped: it ends as one left alone.
+
+At 3 and 4 ranks: two numbers have one sum, of three the order counts. In float32, where that is seen soonest.
+"""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    SHARDED,
+    after_a_step,
+    children,
+    command,
+    finish,
+    has_ended,
+    kill,
+    last_saved,
+    newest,
+    planted,
+    saved,
+    start,
+    states_equal,
+    traced,
+    train,
+    wait_until,
+)
+
+from common import snapshot
+from common.ranks import STEPS
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="finds ranks in /proc: Linux only"
+)
+
+# 10 steps of 12 images an epoch, and a tail; 20 test images. The snapshots of 10, 14 and 20 stay.
+EPOCH = 10
+SAME = [f"--num-samples={GLOBAL_BATCH * EPOCH + 3}", "--epochs=2", "--save-every=7"]
+# A vote begins at most so many steps behind the one before, and is read in the next: see common/ranks.py.
+SOON = STEPS + 1
+
+
+def flags_for(ranks):
+    return [*SAME, f"--batch-size={GLOBAL_BATCH // ranks}"]
+
+
+def slow_but(quick, *cases):
+    """The cases, of which those that are not among the `quick` ones are marked slow."""
+    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
+
+
+def different(state, expected, *but):
+    """What two snapshots do not have in common, bit for bit, except what is in `but`."""
+    assert state.keys() == expected.keys()
+    return [key for key in expected if key not in but and not states_equal(state[key], expected[key])]
+
+
+def leave_out(folder, newer_than, sharded=False):
+    """Delete the snapshots in `folder` behind a step, as if the run had been killed soon after it."""
+    for path in snapshot.snapshots(folder, sharded):
+        if snapshot.step_of(path) > newer_than:
+            shutil.rmtree(path) if sharded else path.unlink()
+    assert last_saved(folder) == newer_than
+
+
+def until_told(when, whom="True"):
+    """Python for a train.py: at `when`, say so; the ranks for which `whom` is true wait for a signal.
+
+    For a minute: then the run goes on to its end, and the test fails.
+    """
+    wait = f"{when} and {whom} and not Control.signal"
+    return (
+        f"{when} and self.report.say('waiting'); "
+        f"[__import__('time').sleep(0.01) for _ in range(6000) if {wait}]"
+    )
+
+
+def check_left(process, step, number):
+    """Wait for the end of a run that was told to stop: it has saved, and says when and with what status."""
+    status, out, err = finish(process)
+    said = re.search(rf"{number.name}: saved at step (\d+); run the same again to go on", out)
+    print(f"step {step}: status {status}, {said and said[0]}")
+    assert said, process.story
+    assert status == (128 + number if step < "03" else 1), process.story
+    # torchrun ends with a SignalException of its own. Nobody has lost anybody, nor a worker of his.
+    assert "RuntimeError" not in err and "Seen by" not in err and "DataLoader worker" not in err, err
+    if step < "03":
+        assert "Traceback" not in err, err
+    return int(said[1])
+
+
+# --- A signal while a run does not train
+
+
+DURING = [(step, 1 if step == "01" else 3, "the launcher") for step in FOLDERS]
+DURING += [(step, 4, "rank 1") for step in ("02", "04", SHARDED)]
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "whom"),
+    slow_but(
+        [
+            ("01", 1, "the launcher"),
+            ("03", 3, "the launcher"),
+            ("04", 4, "rank 1"),
+            (SHARDED, 3, "the launcher"),
+        ],
+        *DURING,
+    ),
+)
+def test_a_signal_during_an_evaluation(once, tmp_path, step, ranks, whom):
+    """It ends, the epoch is saved; a step later, or as soon as the ranks have voted, all leave."""
+    evaluates = "        self.model.eval()\n"
+    one = "self.rank == 1" if whom == "rank 1" else "True"
+    code = until_told("self.epoch == 1", one)
+    root = planted(tmp_path / "root", step, (evaluates, f"{evaluates}        {code}\n"))
+    flags = flags_for(ranks)
+    own = ["--snapshot-dir=snapshots", "--use-gpu=0", "--verbose"]
+    process = start([*command(step, ranks, root), *flags, *own], tmp_path)
+    try:
+        process.wait_for("waiting\n")
+        if whom == "rank 1":
+            kill([int(process.wait_for(r"\[rank 1\].* pid (\d+)")[1])], signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGTERM)
+    finally:
+        left_at = check_left(process, step, signal.SIGTERM)
+    assert EPOCH < left_at <= EPOCH + (1 if ranks == 1 else SOON)
+    assert "epoch 1/2  test loss" in process.out  # it was not given up
+    assert left_at == last_saved(tmp_path / "snapshots") and EPOCH in saved(tmp_path / "snapshots")
+    run = train(step, ranks, tmp_path, *flags)
+    assert len(run.losses) == 2 * EPOCH - left_at
+    assert different(run.state, once(step, ranks, *flags).state) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "extra"),
+    slow_but(
+        [("01", 1, "--num-workers=2"), ("04", 3, "--verbose"), (SHARDED, 3, "--verbose")],
+        ("01", 1, "--num-workers=2"),
+        *((step, 3, "--verbose") for step in FOLDERS if step != "01"),
+        ("02", 4, "--num-workers=2"),
+        (SHARDED, 4, "--num-workers=2"),
+    ),
+)
+def test_a_signal_in_the_last_step_of_an_epoch(once, tmp_path, step, ranks, extra):
+    """No step of the epoch is left: the resumed run evaluates, and saves the same step once more."""
+    at = EPOCH if ranks == 1 else EPOCH - 1  # ranks leave a step behind the one in which they vote
+    stops = after_a_step(f"if self.global_step == {at}: os.kill(os.getpid(), signal.SIGTERM)")
+    root = planted(tmp_path / "root", step, stops)
+    planted(root, "common/ranks.py", ("int(SECONDS * ", "int(0 * "))  # a vote in each step
+    flags = flags_for(ranks)
+    own = ["--snapshot-dir=snapshots", "--use-gpu=0", extra]
+    process = start([*command(step, ranks, root), *flags, *own], tmp_path)
+    assert check_left(process, step, signal.SIGTERM) == EPOCH
+    folder = tmp_path / "snapshots"
+    assert last_saved(folder) == EPOCH and newest(folder)["samples_seen"] == EPOCH * GLOBAL_BATCH
+    if step == SHARDED:
+        path = folder / f"snapshot-{EPOCH:08d}"
+        files = [path, *sorted(path.iterdir())]
+        before = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+    run = train(step, ranks, tmp_path, *flags, extra)
+    assert len(run.losses) == EPOCH and [e["epoch"] for e in run.events if e["event"] == "eval"] == [0, 1]
+    assert different(run.state, once(step, ranks, *flags).state, "flags") == []
+    if step == SHARDED:  # to delete a whole one and put another there would leave none for a moment
+        assert before == [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+        assert files == [path, *sorted(path.iterdir())]
+    assert not list(folder.glob(".*"))
+
+
+# --- Flags together, resumed
+
+# Ranks and flags. An epoch is 5 steps of 36 images; with --save-every=3 those of 6, 9 and 10 stay.
+TOGETHER = [
+    ("04", 3, "--accumulate=3 --clip-norm=0.5"),
+    ("04", 4, "--accumulate=3 --clip-norm=0.5 --precision=bf16"),
+    (SHARDED, 3, "--accumulate=3 --clip-norm=0.5"),
+    (SHARDED, 4, "--replicas=2"),
+    (SHARDED, 3, "--cpu-offload"),
+    (SHARDED, 3, "--meta-init"),
+    (SHARDED, 3, "--cpu-offload --meta-init --no-reshard --accumulate=3 --clip-norm=0.5"),
+    (SHARDED, 4, "--replicas=2 --cpu-offload --meta-init --accumulate=3 --clip-norm=0.5"),
+    (SHARDED, 4, "--replicas=2 --precision=bf16 --meta-init --model=vit --activation-checkpointing"),
+    (SHARDED, 4, "--replicas=2 --cpu-offload --meta-init --precision=float64 --no-reshard --num-workers=1"),
+]
+
+
+@pytest.mark.parametrize(("step", "ranks", "flags"), slow_but([TOGETHER[0], TOGETHER[7]], *TOGETHER))
+def test_flags_together_resumed_in_the_middle_of_an_epoch(tmp_path, step, ranks, flags):
+    words = flags.split()
+    batch = 36 // ranks // (3 if "--accumulate=3" in words else 1)
+    words += ["--num-samples=183", "--epochs=2", "--save-every=3", f"--batch-size={batch}"]
+    whole = train(step, ranks, tmp_path / "whole", *words)
+    assert saved(whole.snapshot_dir) == [10, 9, 6]
+    shutil.copytree(whole.snapshot_dir, tmp_path / "snapshots")
+    leave_out(tmp_path / "snapshots", 6, step == SHARDED)
+    run = train(step, ranks, tmp_path, *words)
+    print(f"{run.name}, {flags}: {run.losses.tolist()} behind step 6, left alone {whole.losses.tolist()}")
+    assert len(whole.losses) == 10 and len(run.losses) == 4
+    assert different(run.state, whole.state) == []
+    assert run.test == whole.test
+
+
+# Where a model has a table that no snapshot has: of random numbers, so that none comes by itself.
+TABLE = [
+    ("nn.Flatten(),", "nn.Sequential(nn.Flatten(), Table()),"),
+    (
+        "\ndef cnn(",
+        """
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.rand(32 * 7 * 7), persistent=False)
+
+    def forward(self, x):
+        return x * self.table
+
+
+def cnn(""",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"), slow_but([(3, "")], (3, ""), (3, "--cpu-offload"), (4, "--replicas=2"))
+)
+def test_from_the_meta_device_with_buffers_that_are_in_no_snapshot(tmp_path, ranks, flags):
+    """In 5 steps, and resumed behind the third."""
+    root = planted(tmp_path / "root", "common/models.py", *TABLE, steps=(SHARDED,))
+    words = [*flags.split(), "--num-samples=63", "--epochs=1", f"--batch-size={GLOBAL_BATCH // ranks}"]
+    words += ["--save-every=3"]
+    usual = train(SHARDED, ranks, tmp_path / "usual", *words, root=root)
+    run = train(SHARDED, ranks, tmp_path / "meta", *words, "--meta-init", root=root)
+    assert not any("table" in name for name in run.weights)
+    assert torch.equal(run.losses, usual.losses)
+    assert different(run.state, usual.state, "flags") == []
+    leave_out(run.snapshot_dir, 3, sharded=True)  # and the table is made anew
+    (tmp_path / "meta" / "metrics.jsonl").unlink()
+    again = train(SHARDED, ranks, tmp_path / "meta", *words, "--meta-init", root=root)
+    assert len(again.losses) == 2 and different(again.state, usual.state, "flags") == []
+
+
+# --- Processes that load the data
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
+WORKERS = [(step, 1 if step == "01" else 3, number) for step in FOLDERS for number in BOTH]
+WORKERS += [("02", 4, signal.SIGTERM), ("04", 4, signal.SIGINT)]
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "number"),
+    slow_but([("01", 1, signal.SIGINT), ("02", 3, signal.SIGINT), ("04", 3, signal.SIGTERM)], *WORKERS),
+    ids=str,
+)
+def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, number):
+    """Ctrl-C to the process group, SIGTERM to every process, as Slurm may do: the workers get it too."""
+    root = planted(tmp_path / "root", step, after_a_step(until_told("self.global_step == 13")))
+    traced(root)
+    flags = [*flags_for(ranks), "--num-workers=2"]
+    own = ["--snapshot-dir=snapshots", "--use-gpu=0"]
+    process = start([*command(step, ranks, root), *flags, *own], tmp_path)
+    everybody = []
+    try:
+        process.wait_for("waiting\n")
+        everybody = [process.pid, *children(process.pid)]
+        # The ranks of torchrun have groups of their own, and from a terminal only torchrun gets a Ctrl-C.
+        groups = {os.getpgid(pid) for pid in everybody}
+        assert len(groups) == (1 if step < "03" else 1 + ranks)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            kill(everybody, number)
+        process.process.wait(60)
+        wait_until(lambda: all(map(has_ended, everybody)), f"the end of {everybody}", 30)
+    finally:
+        kill([pid for pid in everybody if not has_ended(pid)])
+        left_at = check_left(process, step, number)
+    assert 13 <= left_at <= 13 + SOON - 1
+    assert last_saved(tmp_path / "snapshots") == left_at
+
+    lines = {int(file.name[6:]): file.read_text().splitlines() for file in tmp_path.glob("drawn-*")}
+    assert all(map(has_ended, lines))  # those of the evaluation as well
+    # drew, the size of the data set, the images of the batch
+    trains = f"drew {GLOBAL_BATCH * EPOCH + 3} "
+    batches = {pid: [line for line in text if line.startswith(trains)] for pid, text in lines.items()}
+    size = GLOBAL_BATCH // ranks
+    workers = {pid: texts for pid, texts in batches.items() if any(len(t.split()) == 2 + size for t in texts)}
+    print(f"{len(workers)} workers drew {[len(texts) for texts in workers.values()]} batches")
+    # The same two of each rank in both epochs: in the first each draws 5.
+    assert len(workers) == 2 * ranks and min(map(len, workers.values())) > EPOCH // 2
+    assert set(workers) <= set(everybody) - {process.pid}
+
+    run = train(step, ranks, tmp_path, *flags)
+    assert len(run.losses) == 2 * EPOCH - left_at
+    assert different(run.state, once(step, ranks, *flags_for(ranks)).state, "flags") == []
+
+
+# --- Nodes with a folder each
+
+SENDS = "            sent = [state]\n"
+TELLS = "            os.write(1, f'from rank {have.index(max(have))}\\n'.encode())\n"  # in one piece
+EACH = [
+    (SENDS, TELLS + SENDS),
+    (
+        "    check_same(args, __file__",
+        "    args.snapshot_dir /= str(dist.get_rank())  # a disk of its own\n    check_same(args, __file__",
+    ),
+]
+
+
+def test_step_04_sends_a_snapshot_only_to_those_that_lack_it(once, tmp_path):
+    """To ranks with a folder each, as nodes have them."""
+    root = planted(tmp_path / "root", "04", *EACH)
+    flags = flags_for(3)
+    expected = once("04", 3, *flags).state
+
+    def go_on(folder, *more):
+        out = train("04", 3, folder, *flags, *more, root=root).out
+        states = [newest(folder / "snapshots" / str(rank)) for rank in range(3)]
+        sent = re.findall(r"from rank (\d)\n", out)
+        print(f"{folder.name}: sent {sent}")
+        assert len(sent) in (0, 3) and all(different(state, states[0]) == [] for state in states)
+        return out, sent, states[0]
+
+    def copy(name):
+        shutil.copytree(tmp_path / "first" / "snapshots", tmp_path / name / "snapshots")
+        return tmp_path / name
+
+    out, sent, _ = go_on(tmp_path / "first", "--epochs=1")
+    assert sent == []
+    first = (tmp_path / "first" / "snapshots").glob("*/snapshot-00000010.pt")
+    assert len({path.read_bytes() for path in first}) == 1
+
+    out, sent, state = go_on(copy("all have it"))
+    assert sent == [] and "step 10\n" in out and different(state, expected) == []
+
+    folder = copy("rank 0 has none and rank 1 is behind")
+    shutil.rmtree(folder / "snapshots" / "0")
+    leave_out(folder / "snapshots" / "1", 7)
+    out, sent, state = go_on(folder)
+    assert sent == ["2"] * 3 and "step 10\n" in out and different(state, expected) == []
+    out, sent, _ = go_on(folder)  # they are alike again
+    assert sent == [] and "nothing left to train" in out
+
+    folder = copy("rank 2 has another of the same step")
+    path = folder / "snapshots" / "2" / "snapshot-00000010.pt"
+    state, _ = snapshot.read(path)
+    state["model"]["net.0.bias"] += 1
+    del state["checksum"]
+    snapshot.write(path, state)
+    checksums = [(folder / "snapshots" / str(rank) / path.name).read_bytes()[-4:] for rank in range(3)]
+    out, sent, state = go_on(folder)
+    first = checksums.index(max(checksums))
+    assert sent == [str(first)] * 3
+    assert (different(state, expected) == []) == (first == 0)
+
+
+# --- Speed and precision
+
+TRAINS = [(step, "--precision=bf16") for step in ("01", "03", "04")]
+TRAINS += [(step, "--compile") for step in ("01", "02", "04")]
+# FSDP's hooks cut what is compiled at each unit: of the cnn, whose units are single layers, nothing is left.
+TRAINS += [(SHARDED, "--compile --model=vit --vit-depth=1 --lr=0.003 --epochs=3")]
+FASTER = ("--compile", "--precision=bf16")
+
+
+@pytest.mark.parametrize(("step", "flags"), slow_but(TRAINS[:2], *TRAINS))
+def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, flags):
+    """Those that are not in test_options.py."""
+    ranks = 1 if step == "01" else 3
+    same = ["--num-samples=513", "--epochs=2", f"--batch-size={48 // ranks}", *flags.split()]
+    run = train(step, ranks, tmp_path, *same, timeout=400)  # a compiler takes minutes on a busy machine
+    usual = once(step, ranks, *(flag for flag in same if flag not in FASTER))
+    first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
+    off = (run.losses - usual.losses).abs().max().item()
+    print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; up to {off:.1e} off the usual run's")
+    assert last < first - 0.3
+    assert off > 0  # the flag has done something
+    kinds = [{name: tensor.dtype for name, tensor in one.weights.items()} for one in (run, usual)]
+    assert kinds[0] == kinds[1]
+
+
+COMPILED = [(step, "") for step in FOLDERS if step != SHARDED]
+COMPILED += [("04", "--accumulate=3 --precision=bf16 --num-samples=363")]
+COMPILED += [(SHARDED, "--model=vit --vit-depth=1 --meta-init --clip-norm=0.5")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "flags"), COMPILED)
+def test_compiled_it_is_resumed_bit_identical(tmp_path, step, flags):
+    ranks = 1 if step == "01" else 3
+    words = [*flags_for(ranks), *flags.split(), "--compile"]
+    whole = train(step, ranks, tmp_path / "whole", *words, timeout=400)
+    shutil.copytree(whole.snapshot_dir, tmp_path / "snapshots")
+    leave_out(tmp_path / "snapshots", 14, step == SHARDED)
+    run = train(step, ranks, tmp_path, *words, timeout=400)
+    print(f"{run.name}, resumed behind step 14 of 20: losses {run.losses.tolist()}")
+    print(f"left alone {whole.losses[14:].tolist()}")
+    assert len(run.losses) == 6
+    assert different(run.state, whole.state) == []
