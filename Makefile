@@ -1,9 +1,9 @@
 # make train  installs what is needed into .venv, trains the steps on MNIST and compares them
 # make test   the same for the tests; make test-all adds those that repeat, or need root
-# make gpu    the tests for a machine with a GPU; with python3 as it is, which has torch and pytest
+# make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make bench  what loading the data, step 05's flags, and a slow link (as root) cost
-# Both are quick the second time. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
+# What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
 DATA_DIR ?= data

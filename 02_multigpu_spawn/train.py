@@ -37,7 +37,7 @@ def worker(rank, port, args):
             rank=rank,
             world_size=args.world_size,
             timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30
-            device_id=device if device.type != "cpu" else None,
+            device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)

@@ -35,7 +35,7 @@ def worker(args):
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
             backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
             timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30
-            device_id=device if device.type != "cpu" else None,
+            device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)

@@ -36,7 +36,7 @@ def worker(args):
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
             backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
-            device_id=device if device.type != "cpu" else None,
+            device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)

@@ -192,6 +192,13 @@ def sweep(folder):
         shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
+def free_on(folder):
+    """For an error's line: the reason that it gives is not always the disk's."""
+    with contextlib.suppress(OSError):  # the disk may be gone
+        return f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free)"
+    return ""
+
+
 class Saver:
     """Finishes snapshots in a thread while training goes on; the end of its `with` waits for the last."""
 
@@ -221,12 +228,11 @@ class Saver:
                 if self.args.verbose:
                     print(f"[rank 0] saved {path}", flush=True)
         except dcp.CheckpointException as error:  # the same on all ranks
-            free = shutil.disk_usage(self.folder).free / 1e6  # the reason is not always the disk's
             what = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
-            problem = [f"{what} ({free:.1f} MB are free); {snapshot.REMEDY}"]
+            problem = [f"{what}{free_on(self.folder)}; {snapshot.REMEDY}"]
         except OSError as error:
             problem = [f"cannot write to {self.folder}: {error.strerror}; {snapshot.REMEDY}"]
-        except TypeError as error:
+        except Exception as error:  # or the other ranks would wait for an answer until they time out
             problem = [f"cannot write to {self.folder}: {error}"]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         return problem[0]

@@ -47,7 +47,7 @@ def worker(args):
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
             backend=switches.backends(device),  # NCCL for CUDA, and gloo for what is offloaded
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
-            device_id=device if device.type != "cpu" else None,
+            device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)

@@ -58,9 +58,9 @@ def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     `__getitems__` has made the batch, a tuple, which `tuple` returns as it is. The loader draws a seed for
     workers in each epoch, by default from the generator that snapshots keep: a resumed run would draw more.
     """
-    how = {"collate_fn": tuple, "generator": torch.Generator(), "pin_memory": device.type != "cpu"}
-    workers = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0}
-    return {**how, **workers, "worker_init_fn": ignore_signals}
+    own, workers = torch.Generator().manual_seed(torch.initial_seed()), args.num_workers
+    how = {"collate_fn": tuple, "pin_memory": device.type != "cpu", "worker_init_fn": ignore_signals}
+    return {**how, "generator": own, "num_workers": workers, "persistent_workers": workers > 0}
 
 
 def ignore_signals(worker: int) -> None:

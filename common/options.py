@@ -84,6 +84,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     parser.set_defaults(step=step, accumulate=1)  # which steps 04 and 05 make a flag
     natural = functools.partial(whole_number, low=0, high=2**32 - 1)  # a seed: the epoch is added to it
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
+    workers = functools.partial(whole_number, low=0, high=1024)
     digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
@@ -95,7 +96,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
     add("--num-samples", type=digits, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
-    add("--num-workers", type=natural, default=0, metavar="N", help="processes that load the data (0: none)")
+    add("--num-workers", type=workers, default=0, metavar="N", help="processes that load the data (0: none)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")

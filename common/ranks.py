@@ -40,7 +40,7 @@ class Control:
 
     def __init__(self, seconds: int = 120):
         """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost."""
-        # NCCL ends a process that waits too long before that can say why: the vote gives up earlier.
+        # When NCCL times out it kills the process, and no reason is printed: the vote gives up earlier.
         earlier = timedelta(seconds=seconds - min(30, seconds / 2))
         self.group: Any = dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None
         self.launcher, self.clock = os.getppid(), time.perf_counter()
@@ -103,7 +103,7 @@ def meeting() -> Iterator[None]:
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
     """`fail`, naming who has what, if a rank has other flags, code (where `script` is), data or torch."""
-    own = ["data_dir", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
+    own = ["data_dir", "num_workers", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
     folders = (Path(script).parent, Path(__file__).parent)
     code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))

@@ -173,19 +173,20 @@ def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
 def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
     """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
 
-    Returns epoch, samples seen in it, global step. At another world size random numbers begin anew, from
-    seed, step and rank, and samples seen are rounded up to a multiple of the ranks: a few are left out.
+    Returns epoch, samples seen in it, global step. With other ranks or devices random numbers begin anew,
+    from seed, step and rank, and samples seen are rounded up to a multiple of the ranks: few are left out.
     """
     ranks, epoch, step = report.world_size, state["epoch"], state["global_step"]
-    if len(state["rng"]) == ranks:
+    on_gpu = report.device.type != "cpu"
+    if len(state["rng"]) == ranks and all(("gpu" in each) == on_gpu for each in state["rng"]):
         mine = state["rng"][report.rank]
         torch.set_rng_state(mine["cpu"])
-        if report.device.type != "cpu" and "gpu" in mine:
+        if on_gpu:
             torch.get_device_module(report.device).set_rng_state(mine["gpu"])
     else:
         torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
         report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
     for group in state.get("optimizer", state)["param_groups"]:
-        group.update(lr=report.args.lr, fused=report.device.type != "cpu")  # this run's, not the snapshot's
+        group.update(lr=report.args.lr, fused=on_gpu)  # this run's, before an optimizer loads them
     report.say(f"resumed from {report.args.snapshot_dir}: epoch {epoch}, step {step}")
     return epoch, -(-state["samples_seen"] // ranks) * ranks, step
