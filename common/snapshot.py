@@ -51,7 +51,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, content)
     content.seek(0)
     if refused := torch.serialization.get_unsafe_globals_in_checkpoint(content):
-        raise TypeError(f"{refused[0]} cannot be in a snapshot, only tensors, numbers and strings")
+        raise TypeError(f"{max(refused)} cannot be in a snapshot, only tensors, numbers and strings")
     # Of the whole file: zip's own leave out the names and places of what is in it.
     content.seek(0, io.SEEK_END)
     content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))

@@ -102,6 +102,7 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
                 del sys.modules[name]  # of the scripts' `common`, and of theirs
         os.environ.clear()
         os.environ.update(env)
+        wait_for_the_other_ranks()
         run(script_in(words))
         status = 0
     except SystemExit as end:
@@ -125,6 +126,16 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     finally:
         leave(status & 255)
+
+
+def wait_for_the_other_ranks() -> None:
+    """Under torchrun, which serves a store in a thread: begin when it has forked all ranks, see `spawn`."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    parent, end = os.getppid(), time.monotonic() + 60
+    with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        while ranks > len(children.read_text().split()) and time.monotonic() < end:
+            time.sleep(0.002)
 
 
 EXIT = os._exit

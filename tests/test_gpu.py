@@ -382,7 +382,7 @@ def on_one_card(root, step, backend):
     planted(root, "common/options.py", refuses, ("}:{local_rank}", "}:0"), steps=(step,))
     if backend == "gloo":  # which takes the tensors through the CPU
         nccl = ("backend=dist.get_default_backend_for_device(device)", 'backend="gloo"')
-        planted(root, step, nccl, ('device_id=device if device.type != "cpu" else None', "device_id=None"))
+        planted(root, step, nccl, ('device_id=device if device.type == "cuda" else None', "device_id=None"))
     return root
 
 
