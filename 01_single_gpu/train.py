@@ -27,7 +27,7 @@ class Trainer:
         self.model, self.optimizer = model, optimizer
         self.train_data, self.test_data = train_data, test_data
         self.rest, self.fast = [], fast(args, device)
-        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
+        self.loader = DataLoader(  # of the list `rest`, which each epoch fills anew, in place
             train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")

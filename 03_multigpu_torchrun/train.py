@@ -54,7 +54,7 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.rest, self.fast = [], fast(args, device)
-        self.loader = DataLoader(  # of the images in `rest`, which each epoch fills anew
+        self.loader = DataLoader(  # of the list `rest`, which each epoch fills anew, in place
             train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
         )
         self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")

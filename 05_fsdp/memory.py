@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 class MemoryReport:
-    """Prints the table, and again behind the first step, when gradients and optimizer state are there."""
+    """Prints the table, and again after the first step, when gradients and optimizer state are there."""
 
     def __init__(self, model, optimizer, device, report):
         self.model, self.optimizer, self.device, self.report = model, optimizer, device, report
@@ -20,7 +20,7 @@ class MemoryReport:
         self.gathered = max(self.gathered, whole)
 
     def after_step(self):
-        """Print the table behind the first step; nothing behind the others."""
+        """Print the table after the first step; nothing after the others."""
         if self.hooks:
             self.table("after one step")
             while self.hooks:

@@ -83,7 +83,7 @@ def check_sharded(optimizer):
 
 
 def reshard(model):
-    """Free what is still gathered behind a forward pass that no backward pass follows.
+    """Free what is still gathered after a forward pass that no backward pass follows.
 
     That is the root, or with --no-reshard everything.
     """

@@ -5,7 +5,9 @@ tensor gives a whole batch instead, and the model makes floats of it on the devi
 """
 
 import argparse
+import atexit
 import http.client
+import multiprocessing
 import os
 import shutil
 import signal
@@ -69,6 +71,14 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers() -> None:
+    """When an error keeps a loader alive: Python would send SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
+    for worker in (child for child in multiprocessing.active_children() if child.daemon):  # no rank is
+        worker.kill()
+
+
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
     """MNIST's training and test set from `data_dir/MNIST/raw`, downloaded if need be; or synthetic ones.
 
@@ -109,10 +119,7 @@ def read(path: Path) -> torch.Tensor:
 
 
 def download(data_dir: Path, raw: Path) -> str:
-    """Download MNIST's files to `raw` unless they are there, in one process, for which the others wait.
-
-    Returns an empty string, or why no mirror could be reached. `fail`s if the folder cannot be written.
-    """
+    """Let one process download MNIST to `raw` if need be; returns "", or why no mirror served. May `fail`."""
     asked, failure = time.time(), data_dir / ".mnist-download-failed"
     try:
         if all((raw / name).exists() for name in FILES):

@@ -57,10 +57,8 @@ def vit(args: argparse.Namespace) -> nn.Module:
     from torchvision.models import VisionTransformer
 
     width = args.vit_width
-    size = {"num_layers": args.vit_depth, "hidden_dim": width, "mlp_dim": 2 * width}
-    net = VisionTransformer(
-        image_size=28, patch_size=7, num_heads=max(4, width // 64), num_classes=10, **size
-    )
+    # Of the image, a patch; layers, heads; width, and that of the hidden layer in a block.
+    net = VisionTransformer(28, 7, args.vit_depth, max(4, width // 64), width, 2 * width, num_classes=10)
     net.conv_proj = nn.Conv2d(1, width, kernel_size=7, stride=7)
     return net
 

@@ -71,10 +71,7 @@ def positive_float(text: str) -> float:
 
 
 def make_parser(script: str, description: str, torchrun: bool = False) -> OneLineParser:
-    """The parser with the flags of all five steps, for a train.py with this `__file__` and docstring.
-
-    With `torchrun`, it `fail`s if torchrun has not started this process, unless that asks for help.
-    """
+    """The flags of all steps, for a train.py's `__file__` and docstring. `fail`s without a needed `torchrun`."""
     if torchrun and not {"-h", "--help"} & set(sys.argv):
         check_torchrun()
     step = Path(script).resolve().parent.name

@@ -43,8 +43,7 @@ class Control:
         # When NCCL times out it kills the process, and no reason is printed: the vote gives up earlier.
         earlier = timedelta(seconds=seconds - min(30, seconds / 2))
         self.group: Any = dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None
-        self.launcher, self.clock = os.getppid(), time.perf_counter()
-        self.step = self.next = 0
+        self.launcher, self.clock, self.step, self.next = os.getppid(), time.perf_counter(), 0, 0
         self.vote: Any = None
         for number in (signal.SIGINT, signal.SIGTERM):
             # No method of this object, which the handler would keep for ever, and with it the group.
@@ -78,7 +77,7 @@ class Control:
 
 
 def arrange_buckets(trainer: Any) -> None:
-    """A backward pass that trains nothing: DDP arranges its buckets behind the first one, for good.
+    """A backward pass that trains nothing: DDP arranges its buckets after the first one, for good.
 
     Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
     first step is another, would differ in the last bit. In eval mode, to draw no random numbers.

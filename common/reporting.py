@@ -100,7 +100,7 @@ class Reporter:
         self.write("train", epoch=epoch, global_step=global_step, **numbers)
 
     def evaluation(self, epochs: int, global_step: int, losses: float, right: float, count: float) -> None:
-        """Report a test behind so many epochs: the sum of `count` losses, how many answers were `right`."""
+        """Report a test after so many epochs: the sum of `count` losses, how many answers were `right`."""
         loss, correct, total = losses / count, int(right), int(count)
         result = f"accuracy {correct / total:.2%} ({correct:,} of {total:,})"
         self.say(f"epoch {epochs}/{self.args.epochs}  test loss {loss:.4f}, {result}")

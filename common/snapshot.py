@@ -1,7 +1,7 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same for
-steps 01 to 04. Behind the last byte that `torch.load` reads stands the CRC-32 of all before it. Step 05's is
+steps 01 to 04. After the last byte that `torch.load` reads comes the CRC-32 of all before it. Step 05's is
 a folder, see 05_fsdp/sharded.py; 05_fsdp/convert.py makes one of the other.
 """
 
@@ -77,10 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def save(args: argparse.Namespace, **state: Any) -> None:
-    """Write `state` to a new file in `args.snapshot_dir`, and delete all but the newest three.
-
-    `state`: tensors, numbers and strings, `global_step` among them. A `fail` leaves those before untouched.
-    """
+    """Write `state`, of tensors, numbers and strings, to a new file; keep the newest three. May `fail`."""
     path = args.snapshot_dir / f"snapshot-{state['global_step']:08d}.pt"
     try:
         write(path, complete(args, state))
