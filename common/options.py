@@ -71,7 +71,7 @@ def positive_float(text: str) -> float:
 
 
 def make_parser(script: str, description: str, torchrun: bool = False) -> OneLineParser:
-    """The flags of all steps, for a train.py's `__file__` and docstring. `fail`s without a needed `torchrun`."""
+    """The flags of all steps, for a train.py's `__file__` and docstring; `fail`s without its `torchrun`."""
     if torchrun and not {"-h", "--help"} & set(sys.argv):
         check_torchrun()
     step = Path(script).resolve().parent.name
