@@ -2,6 +2,7 @@
 # make test   the same for the tests; make test-all adds those that repeat, or need root
 # make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
+# make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
 # make bench  what loading the data, step 05's flags, and a slow link (as root) cost
 # What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
@@ -10,7 +11,7 @@ DATA_DIR ?= data
 GPU_PRETEND ?= no
 VENV := .venv/bin
 
-.PHONY: train test test-all gpu soak bench lint clean
+.PHONY: train test test-all gpu soak mutants bench lint clean
 
 train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
@@ -29,6 +30,9 @@ gpu:
 soak: .venv/installed-dev
 	$(VENV)/python tests/soak.py $(ARGS)
 
+mutants: .venv/installed-dev
+	$(VENV)/python tests/mutants.py --data-dir $(DATA_DIR) $(ARGS)
+
 bench: .venv/installed
 	$(VENV)/python benchmarks/overhead.py --data-dir $(DATA_DIR) $(ARGS)
 	$(VENV)/python benchmarks/fsdp_flags.py
@@ -40,7 +44,7 @@ lint: .venv/installed-dev
 	$(VENV)/mypy
 
 clean:
-	rm -rf .venv checkpoints comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv checkpoints .mutants comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache
 
 # Touched last, so that an installation that was interrupted is done again.
 .venv/installed: requirements.txt

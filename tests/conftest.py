@@ -44,7 +44,7 @@ def pytest_report_header() -> str:
 def pytest_configure(config: pytest.Config) -> None:
     for name, why in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {why}")
-    if not hasattr(config, "workerinput") and not config.option.collectonly:  # one server for all workers
+    if not config.option.collectonly and forks.SOCKET not in os.environ:  # one server for all workers
         stack = ExitStack()
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="forks-"))
         stack.enter_context(forks.server(Path(folder)))
@@ -92,7 +92,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
     def get(step: str, ranks: int, *flags: str) -> Run:
         folder = shared / f"run-{step}-{ranks}{''.join(flags).replace('/', '_')}"
         with FileLock(f"{folder}.lock"):
-            if not (folder / "out").exists():
+            if forks.TRACE in os.environ or not (folder / "out").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
                 (folder / "out").write_text(train(step, ranks, folder, *flags).out)
         return read_run(f"step {step} at {ranks} ranks", folder, (folder / "out").read_text())

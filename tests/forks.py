@@ -24,7 +24,9 @@ import faulthandler
 import functools
 import gc
 import json
+import linecache
 import os
+import re
 import selectors
 import signal
 import socket
@@ -40,6 +42,7 @@ from typing import Any, NoReturn
 
 SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
 REAL_END = "TESTS_REAL_END"  # the environment variable with which a fork takes its interpreter down
+TRACE = "TESTS_TRACE"  # the environment variable with the file to which `trace` writes
 STACKS = signal.SIGUSR1  # lets a fork, and what it forks, print where each of its threads stands
 DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -103,6 +106,8 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         os.environ.clear()
         os.environ.update(env)
         wait_for_the_other_ranks()
+        if TRACE in os.environ:
+            trace(os.environ[TRACE])
         run(script_in(words))
         status = 0
     except SystemExit as end:
@@ -136,6 +141,34 @@ def wait_for_the_other_ranks() -> None:
         children = Path(f"/proc/{parent}/task/{parent}/children")
         while ranks > len(children.read_text().split()) and time.monotonic() < end:
             time.sleep(0.002)
+
+
+def trace(to: str) -> None:
+    """From here on, append to the file `to` each line of a script that this process comes to: for mutants.py.
+
+    A line is written when it is first met, so that no kill loses it: folder/file, a tab, its text. The text,
+    and no number: a copy with something planted counts as what it was copied from.
+    """
+    file = os.open(to, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    names: dict[str, str] = {}
+    seen: set[tuple[str, int]] = set()
+
+    def in_script(frame: Any, event: str, argument: Any) -> Any:
+        place = frame.f_code.co_filename, frame.f_lineno
+        if place not in seen:
+            seen.add(place)
+            os.write(file, f"{names[place[0]]}\t{linecache.getline(*place).strip()}\n".encode())
+        return in_script
+
+    def anywhere(frame: Any, event: str, argument: Any) -> Any:
+        path = frame.f_code.co_filename
+        if path not in names:
+            folder, name = Path(path).parts[-2:] if path.count("/") > 1 else ("", "")
+            names[path] = f"{folder}/{name}" if folder == "common" or re.match(r"0\d_", folder) else ""
+        return in_script(frame, event, argument) if names[path] else None
+
+    threading.settrace(anywhere)
+    sys.settrace(anywhere)
 
 
 EXIT = os._exit

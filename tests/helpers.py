@@ -239,6 +239,10 @@ def pause(step: int, until: Path) -> tuple[str, str]:
     return after_a_step(f"[time.sleep(0.01) for _ in range(6000) if {waiting}]")
 
 
+class CannotPlantError(AssertionError):
+    """What an edit is to replace is not there, or not once."""
+
+
 def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ...] = ()) -> Path:
     """A copy in `root` of `common` and a step, with other text in one of their files.
 
@@ -248,7 +252,7 @@ def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ..
         edits: (what stands there, exactly once; what is to stand there instead).
         steps: further steps to be copied.
 
-    Returns `root`.
+    Returns `root`. Raises CannotPlantError.
     """
     script = f"{FOLDERS[name]}/train.py" if name in FOLDERS else name
     folders = {"common", *(FOLDERS[step] for step in steps), Path(script).parts[0]}
@@ -257,7 +261,8 @@ def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ..
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = (root / script).read_text()
     for right, wrong in edits:
-        assert source.count(right) == 1, f"{script} has this {source.count(right)} times: {right}"
+        if source.count(right) != 1:
+            raise CannotPlantError(f"{script} has this {source.count(right)} times: {right}")
         source = source.replace(right, wrong)
     (root / script).write_text(source)
     return root

@@ -87,7 +87,7 @@ def complaints(line, status, out, folder, resumed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run_as_written(tmp_path, page):
     """One after another, in a copy of the files that they need, and each does what it is there for."""
     for name in ["common", "compare_steps.py", "launch_multinode.sh", *FOLDERS.values()]:
@@ -193,7 +193,7 @@ def test_no_plumbing_in_a_script(step):
     assert text.count("__main__") == 1 and text.rstrip().splitlines()[-2] == 'if __name__ == "__main__":'
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_what_they_name(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", text)

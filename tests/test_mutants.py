@@ -1,0 +1,106 @@
+"""What mutants.py says of the tests is true today: it knows the code, and names tests that do catch."""
+
+import os
+import random
+import threading
+import tomllib
+
+import mutants
+import pytest
+from mutants import Lane, in_lanes, known, mutants_of, reason
+
+SAMPLE = 40
+# Code that has changed since `make mutants` has last run, in percent: it then is to run again.
+UNKNOWN = 10
+
+SOURCE = '''
+"""A docstring is no statement, and a message no constant: "a b"."""
+import os
+
+@record
+def f(x: int = 1):
+    with a(), b() as c:
+        dist.barrier()
+    if x and x + 1 > 2:
+        g("no one", f"{x}",
+          mode="w",
+          late=True)
+    return x
+'''
+
+
+def kinds(source):
+    """What each kind of mutant has in the place of which text."""
+    found = {}
+    for mutant in mutants_of("common/example.py", source):
+        assert mutant.source != source
+        found.setdefault(mutant.kind, []).append(mutant.was)
+    return found
+
+
+def test_each_kind_of_place_is_found():
+    assert kinds(SOURCE) == {
+        "statement": [
+            "import os",
+            "@record",
+            "with a(), b() as c:",
+            "a()",
+            "dist.barrier()",
+            "if x and x + 1 > 2:",
+            'g("no one", f"{x}"',
+            "return x",
+        ],
+        "one rank": ["dist.barrier()"],
+        "condition": ["x", "x + 1 > 2"],
+        "plus one": ["x + 1"],
+        "keyword": ['mode="w"', "late=True"],
+        "constant": ["1", "1", "2", '"w"', "True"],
+    }
+
+
+def test_the_places_of_a_shell_script_are_its_commands():
+    source = "#!/bin/bash\n# none\nif a; then\n    b \\\n        c\nfi\nd <<'END'\ntext\nEND\n"
+    assert [mutant.source for mutant in mutants_of("example.sh", source)] == [
+        "#!/bin/bash\n# none\n:\nd <<'END'\ntext\nEND\n",
+        "#!/bin/bash\n# none\nif a; then\n    :\n        c\nfi\nd <<'END'\ntext\nEND\n",
+        "#!/bin/bash\n# none\nif a; then\n    b \\\n        :\nfi\nd <<'END'\ntext\nEND\n",
+        "#!/bin/bash\n# none\nif a; then\n    b \\\n        c\nfi\n:\n",
+    ]
+
+
+def everything():
+    return [mutant for file in (*mutants.PYTHON, *mutants.SHELL) for mutant in mutants_of(file)]
+
+
+def test_the_report_knows_this_code():
+    """`make mutants` tries what is new; what nobody catches has a reason, and no reason is left over."""
+    all_, results = everything(), known()
+    unknown = [mutant for mutant in all_ if mutant.key not in results]
+    print(f"{len(unknown)} of {len(all_)} mutants are not in {mutants.KNOWN.name}")
+    assert 100 * len(unknown) <= UNKNOWN * len(all_), "run make mutants"
+    survivors = [mutant for mutant in all_ if results.get(mutant.key) == ""]
+    assert [str(mutant) for mutant in survivors if not reason(mutant)] == []
+    for entry in tomllib.loads(mutants.HARMLESS.read_text())["harmless"]:
+        assert any(mutants.excuses(entry, mutant) for mutant in survivors), f"excuses nothing: {entry}"
+
+
+@pytest.mark.slow
+def test_a_sample_of_mutants_is_caught_by_the_tests_that_the_report_names(tmp_path, request):
+    seed = int(os.environ.get("SEED") or random.randrange(10**6))
+    print(f"SEED={seed}")
+    results = known()
+    caught = [mutant for mutant in everything() if results.get(mutant.key)]
+    data_dir = request.config.getoption("--data-dir")
+    lanes = [Lane(tmp_path, number, str(data_dir.resolve()) if data_dir else "") for number in range(3)]
+    survivors, lock = [], threading.Lock()
+
+    def run(lane, mutant):
+        test = results[mutant.key]
+        found = lane.run([test], 600, mutant)
+        with lock:
+            print(f"{mutant}\n    {test}: {found['why']}")
+            if not found["killer"]:
+                survivors.append(f"{mutant}, not caught by {test}")
+
+    in_lanes(lanes, run, random.Random(seed).sample(caught, SAMPLE))
+    assert survivors == []
