@@ -23,6 +23,7 @@ import ctypes
 import faulthandler
 import functools
 import gc
+import importlib
 import json
 import linecache
 import os
@@ -42,6 +43,7 @@ from typing import Any, NoReturn
 
 SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
 REAL_END = "TESTS_REAL_END"  # the environment variable with which a fork takes its interpreter down
+IMPORTS = "TESTS_IMPORTS"  # the environment variable with further modules for the server to import
 TRACE = "TESTS_TRACE"  # the environment variable with the file to which `trace` writes
 STACKS = signal.SIGUSR1  # lets a fork, and what it forks, print where each of its threads stands
 DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
@@ -214,6 +216,8 @@ def serve(path: str) -> None:
     import torchvision.datasets
     import torchvision.models  # noqa: F401
 
+    for name in os.environ.get(IMPORTS, "").split():
+        importlib.import_module(name)
     torch.multiprocessing.spawn = spawn
     PATH.extend(sys.path)
     MODULES.update(sys.modules)

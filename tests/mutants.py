@@ -306,31 +306,47 @@ class Tests:
             return {
                 name for name in self.seconds if Path(name.partition(".py")[0]).name in SHELL[mutant.file]
             }
-        texts = {line for line in mutant.lines if line}
-        seen = {test for line in texts for test in self.seen.get(f"{mutant.file}\t{line}", ())}
-        if names := re.findall(r"^([\w, ]+?)(?:: .*)? [|]?= ", mutant.lines[0]) if not mutant.scope else []:
-            word = re.compile("|".join(rf"\b{name}\b" for name in names[0].split(", ")))
+        seen = {test for line in mutant.lines for test in self.seen.get(f"{mutant.file}\t{line}", ())}
+        if not mutant.scope and (names := names_given(mutant.lines[0])):
+            word, seen = re.compile("|".join(rf"\b{name}\b" for name in names)), set()
             for line, tests in self.seen.items():
-                seen |= set(tests) if word.search(line.partition("\t")[2]) else set()
+                text = line.partition("\t")[2]
+                seen |= set(tests) if word.search(text) and text not in mutant.lines else set()
         step = mutant.file[:2]
         real = {name for name in self.seconds if "test_real_start" in name}  # whose ranks are not traced
         return seen | {name for name in real if step == "co" or f"[{step}" in name}
 
     def order(self, mutant: Mutant) -> list[str]:
-        """Those tests, first the one that is likely to catch most for its time."""
+        """Those tests, first the one that is likely to catch most for its time; not all of one kind."""
 
         def worth(test: str) -> float:
             here, all_ = (test, mutant.file, mutant.scope), (test,)
             caught = self.caught[here] + 0.1 * self.caught[all_] + 0.05
             return caught / (self.tried[here] + 0.1 * self.tried[all_] + 1) / (self.seconds[test] + 0.3)
 
-        return sorted(self.that_see(mutant), key=lambda test: (-worth(test), test))
+        alike: collections.Counter[str] = collections.Counter()
+        ordered = []
+        for test in sorted(self.that_see(mutant), key=lambda test: (-worth(test), test)):
+            function = test.partition("[")[0]
+            alike[function] += 1
+            ordered.append((worth(test) / alike[function] ** 2, test))
+        return [test for _, test in sorted(ordered, reverse=True)]
 
     def learn(self, mutant: Mutant, tests: list[str], killer: str) -> None:
         for test in tests[: tests.index(killer) + 1] if killer in tests else tests:
             for place in ((test,), (test, mutant.file, mutant.scope)):
                 self.tried[place] += 1
                 self.caught[place] += test == killer
+
+
+def names_given(line: str) -> list[str]:
+    """The names that a line of a module imports, or assigns to."""
+    if match := re.match(r"(?:from \S+ )?import (.+)", line):
+        return [
+            re.split(r" as |\.", name)[-1 if " as " in name else 0].strip() for name in match[1].split(",")
+        ]
+    match = re.match(r"([\w, ]+?)(?:: .*)? \|?= ", line)
+    return match[1].split(", ") if match else []
 
 
 def measure(lanes: list[Lane], bar: Any, quick: bool) -> dict[str, Any]:
@@ -439,6 +455,7 @@ def main(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
         (base / "forks").mkdir()
+        os.environ[forks.IMPORTS] = "pytest xdist.plugin filelock"  # what each judge needs
         stack.enter_context(forks.server(base / "forks"))
         lanes = [Lane(base, number, args.data_dir) for number in range(args.lanes)]
         bar = stack.enter_context(tqdm(unit=" mutants", smoothing=0.05))

@@ -3,16 +3,12 @@
 import os
 import random
 import threading
-import tomllib
 
 import mutants
 import pytest
-from mutants import Lane, in_lanes, known, mutants_of, reason
+from mutants import Lane, in_lanes, known, mutants_of
 
 SAMPLE = 40
-# Code that has changed since `make mutants` has last run, in percent: it then is to run again.
-UNKNOWN = 10
-
 SOURCE = '''
 """A docstring is no statement, and a message no constant: "a b"."""
 import os
@@ -72,18 +68,6 @@ def everything():
     return [mutant for file in (*mutants.PYTHON, *mutants.SHELL) for mutant in mutants_of(file)]
 
 
-def test_the_report_knows_this_code():
-    """`make mutants` tries what is new; what nobody catches has a reason, and no reason is left over."""
-    all_, results = everything(), known()
-    unknown = [mutant for mutant in all_ if mutant.key not in results]
-    print(f"{len(unknown)} of {len(all_)} mutants are not in {mutants.KNOWN.name}")
-    assert 100 * len(unknown) <= UNKNOWN * len(all_), "run make mutants"
-    survivors = [mutant for mutant in all_ if results.get(mutant.key) == ""]
-    assert [str(mutant) for mutant in survivors if not reason(mutant)] == []
-    for entry in tomllib.loads(mutants.HARMLESS.read_text())["harmless"]:
-        assert any(mutants.excuses(entry, mutant) for mutant in survivors), f"excuses nothing: {entry}"
-
-
 @pytest.mark.slow
 def test_a_sample_of_mutants_is_caught_by_the_tests_that_the_report_names(tmp_path, request):
     seed = int(os.environ.get("SEED") or random.randrange(10**6))
@@ -91,7 +75,7 @@ def test_a_sample_of_mutants_is_caught_by_the_tests_that_the_report_names(tmp_pa
     results = known()
     caught = [mutant for mutant in everything() if results.get(mutant.key)]
     data_dir = request.config.getoption("--data-dir")
-    lanes = [Lane(tmp_path, number, str(data_dir.resolve()) if data_dir else "") for number in range(3)]
+    lanes = [Lane(tmp_path, number, str(data_dir.resolve()) if data_dir else "") for number in range(2)]
     survivors, lock = [], threading.Lock()
 
     def run(lane, mutant):

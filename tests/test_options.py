@@ -1,5 +1,6 @@
 """Flags: what they do on every step, and that errors and warnings come once."""
 
+import re
 import shlex
 import sys
 
@@ -83,3 +84,36 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
     # Summed in float32 or more: a sum in bf16 has eight bits, and 85 images would make a round number.
     assert run.test["loss"] * 85 % 0.25 != 0
     assert not any("_orig_mod" in name or name.startswith("module.") for name in run.weights)
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, step):
+    status, out, err = finish(start([*command(step, 1), "--help"], tmp_path, COLUMNS="200"))
+    assert status == 0, err
+    print(out)
+    shown = {
+        name: (takes, text)
+        for name, takes, text in re.findall(r"^  --(\S+)(?: (\S+))?\s{2,}(\S.*)$", out, re.MULTILINE)
+    }
+    run = train(step, 1, tmp_path / "run", "--num-samples=64", "--epochs=1")
+    without = {name.replace("_", "-"): value for name, value in run.events[0].items()}
+    # What the run's first event has besides flags.
+    own = {"event", "step", "run", "dataset", "caveat", "device", "train-samples"}
+    own |= set() if step == "02" else {"world-size"}
+    assert shown.keys() == without.keys() - own - ({"accumulate"} if step < "04" else set())
+    for name, (takes, text) in shown.items():
+        print(f"--{name} {takes}: {text}; without: {without[name]!r}")
+        assert takes in ("N", "X", "DIR", "FILE", name.replace("-", "_").upper()) or takes[:1] in ("{", "")
+        assert (takes == "") == (without[name] is False)
+        if default := re.search(r" \((\S+?)(: none)?\)$", text):
+            if name != "epochs" and name != "snapshot-dir":  # which the run was given
+                assert default[1] == str(without[name])
+        elif unless := re.match(r"(\S+) unless given", text):
+            assert unless[1] == without[name]
+        else:
+            assert without[name] in (None, False) or name in (
+                "num-samples",
+                "use-gpu",
+                "metrics",
+                "world-size",
+            )
