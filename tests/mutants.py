@@ -34,6 +34,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -395,17 +396,19 @@ def in_lanes(lanes: list[Lane], run: Any, work: list[Any], bar: Any = None) -> N
                 each = left.popleft()
             except IndexError:
                 return
-            try:
-                run(lane, each)
-            except BaseException:
-                left.clear()
-                raise
+            run(lane, each)
             if bar:
                 bar.update()
 
     with concurrent.futures.ThreadPoolExecutor(len(lanes)) as pool:
-        for future in [pool.submit(one, lane) for lane in lanes]:
-            future.result()
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(one, lane) for lane in lanes]):
+                future.result()
+        except BaseException:  # in a lane, or Ctrl-C here: all end
+            left.clear()
+            for lane in lanes:
+                lane.sweep()
+            raise
 
 
 # --- What is known
@@ -452,6 +455,7 @@ def main(args: argparse.Namespace) -> None:
     random.Random(0).shuffle(work)
     lock = threading.Lock()
     TRACED.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # by way of the sweeps
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
         (base / "forks").mkdir()

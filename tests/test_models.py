@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.models import MODELS, build_model
+from common.mnist import load_mnist
+from common.models import MODELS, Normalized, build_model
 from common.synthetic import synthetic_digits
 
 
@@ -61,6 +62,34 @@ def test_a_samples_result_does_not_depend_on_its_batch(name):
     print(f"{name}: {difference:.1e}")
     assert difference < 1e-12  # float64 rounding; batch norm would differ at 1e-1
     assert not list(model.buffers())
+
+
+def test_pixels_are_scaled_by_the_mean_and_deviation_of_mnist(mnist_dir):
+    """The two numbers are those of MNIST, and what the net gets has mean 0 and deviation 1."""
+    seen = []
+
+    class Net(torch.nn.Linear):
+        def forward(self, pixels):
+            seen.append(pixels)
+
+    images, _ = load_mnist(mnist_dir)[0].tensors
+    Normalized(Net(1, 1, dtype=torch.float64))(images)
+    mean, deviation = seen[0].mean().item(), seen[0].std().item()
+    print(f"{seen[0].dtype}, mean {mean:.1e}, deviation 1 {deviation - 1:+.1e}")
+    assert seen[0].shape == (60_000, 1, 28, 28) and seen[0].dtype == torch.float64
+    assert abs(mean) < 3e-4 and abs(deviation - 1) < 3e-4  # four digits of each are given
+
+
+def test_a_black_and_a_white_pixel_are_what_they_are_elsewhere():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(1, 28, 2)
+
+    class Net(torch.nn.Linear):
+        def forward(self, pixels):
+            return pixels[0, 0, 0]
+
+    black, white = Normalized(Net(1, 1, dtype=torch.float64))(images).tolist()
+    # What torchvision's Normalize((0.1307,), (0.3081,)) makes of them, in pytorch/examples for one.
+    assert (black, white) == (-0.1307 / 0.3081, (1 - 0.1307) / 0.3081)
 
 
 def test_a_bigger_vit():

@@ -7,6 +7,8 @@ import sys
 import pytest
 from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
+from common.options import make_parser
+
 
 @pytest.mark.parametrize("step", GROWN)
 def test_several_ranks_print_an_error_once(tmp_path, step):
@@ -84,6 +86,29 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
     # Summed in float32 or more: a sum in bf16 has eight bits, and 85 images would make a round number.
     assert run.test["loss"] * 85 % 0.25 != 0
     assert not any("_orig_mod" in name or name.startswith("module.") for name in run.weights)
+
+
+@pytest.mark.parametrize(
+    ("flag", "low", "high", "between"),
+    [
+        ("epochs", 1, 10**9, 1),
+        ("batch-size", 1, 10**9, 1),
+        ("seed", 0, 2**32 - 1, 1),
+        ("vit-width", 64, 2**14, 64),
+        ("vit-depth", 1, 10**9, 1),
+        ("num-samples", 1, 10**7, 1),
+        ("num-workers", 0, 1024, 1),
+        ("save-every", 1, 10**9, 1),
+    ],
+)
+def test_the_least_and_the_most_that_a_flag_takes(capsys, flag, low, high, between):
+    parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
+    for value in (low, high):
+        assert vars(parser.parse_args([f"--{flag}={value}"]))[flag.replace("-", "_")] == value
+    for value in (low - between, high + between):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--{flag}={value}"])
+        assert f"from {low} to {high}, not '{value}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", FOLDERS)

@@ -337,6 +337,26 @@ def test_what_a_killed_write_left_is_swept_up(folder):
     assert not list(folder.glob(".*"))
 
 
+def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch):
+    """Or a power cut could leave the name, and no content, in the place of the snapshot before."""
+    done, sync, rename = [], os.fsync, os.replace
+
+    def note_sync(descriptor):
+        state = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(state.st_mode) else f"{state.st_size} bytes")
+        sync(descriptor)
+
+    def note_rename(old, new):
+        done.append("name")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    snapshot.save(flags(folder), **state(40))
+    size = (folder / "snapshot-00000040.pt").stat().st_size
+    assert done == [f"{size} bytes", "name", "folder"]
+
+
 def test_a_folder_that_cannot_be_synced_stops_nothing(folder, monkeypatch):
     """As on Windows and some network disks: the file is in its place by then."""
     sync = os.fsync
