@@ -311,8 +311,9 @@ class Tests:
         if not mutant.scope and (names := names_given(mutant.lines[0])):
             word, seen = re.compile("|".join(rf"\b{name}\b" for name in names)), set()
             for line, tests in self.seen.items():
-                text = line.partition("\t")[2]
-                seen |= set(tests) if word.search(text) and text not in mutant.lines else set()
+                file, _, text = line.partition("\t")
+                own = file == mutant.file or "import" not in mutant.lines[0]  # where the name can be seen
+                seen |= set(tests) if own and word.search(text) and text not in mutant.lines else set()
         step = mutant.file[:2]
         real = {name for name in self.seconds if "test_real_start" in name}  # whose ranks are not traced
         return seen | {name for name in real if step == "co" or f"[{step}" in name}

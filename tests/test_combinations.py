@@ -312,7 +312,8 @@ def test_an_error_ends_a_run_with_workers(tmp_path, step):
     flags = [*flags_for(ranks), "--num-workers=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
     # A real one: a fork lets go of its last error.
     process = start([*command(step, ranks, root), *flags], tmp_path, real=True)
-    status, _, err = finish(process, 400)  # five Pythons import torch, with four other tests beside them
+    process.wait_for("images a step")  # five Pythons have imported torch by then
+    status, _, err = finish(process)
     assert status == 1 and "ZeroDivisionError: planted" in err
     assert "DataLoader worker" not in err and "Exception ignored" not in err, err
 

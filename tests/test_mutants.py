@@ -74,6 +74,7 @@ def test_a_sample_of_mutants_is_caught_by_the_tests_that_the_report_names(tmp_pa
     print(f"SEED={seed}")
     results = known()
     caught = [mutant for mutant in everything() if results.get(mutant.key)]
+    assert len(caught) >= SAMPLE, "make mutants: the code is another than that of the report"
     data_dir = request.config.getoption("--data-dir")
     lanes = [Lane(tmp_path, number, str(data_dir.resolve()) if data_dir else "") for number in range(2)]
     survivors, lock = [], threading.Lock()
