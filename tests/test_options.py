@@ -128,7 +128,7 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
     assert shown.keys() == without.keys() - own - ({"accumulate"} if step < "04" else set())
     for name, (takes, text) in shown.items():
         print(f"--{name} {takes}: {text}; without: {without[name]!r}")
-        assert takes in ("N", "X", "DIR", "FILE", name.replace("-", "_").upper()) or takes[:1] in ("{", "")
+        assert takes in ("N", "X", "DIR", "FILE", "TIMEOUT", "WORLD_SIZE") or takes[:1] in ("{", "")
         assert (takes == "") == (without[name] is False)
         if default := re.search(r" \((\S+?)(: none)?\)$", text):
             if name != "epochs" and name != "snapshot-dir":  # which the run was given
