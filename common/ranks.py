@@ -82,7 +82,8 @@ def arrange_buckets(trainer: Any) -> None:
     Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
     first step is another, would differ in the last bit. In eval mode, to draw no random numbers.
     """
-    batch = next(iter(DataLoader(trainer.train_data, 2, **trainer.fast)))
+    alone = {"num_workers": 0, "persistent_workers": False}  # workers that import torch take seconds to start
+    batch = next(iter(DataLoader(trainer.train_data, 2, **trainer.fast | alone)))
     trainer.model.eval()
     with torch.compiler.set_stance("force_eager"), trainer.autocast:
         trainer.loss(*(tensor.to(trainer.device) for tensor in batch)).backward()

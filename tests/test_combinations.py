@@ -306,13 +306,16 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
 )
 def test_an_error_ends_a_run_with_workers(tmp_path, step):
     """Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever."""
-    raises = "if self.report.rank == self.report.world_size - 1: raise ZeroDivisionError('planted')"
-    root = planted(tmp_path / "root", step, after_a_step(raises))
+    last = "if self.report.rank == self.report.world_size - 1:"
+    raises = "os.write(1, b'raises now'); raise ZeroDivisionError('planted')"
+    root = planted(tmp_path / "root", step, after_a_step(f"{last} {raises}"))
     ranks = 1 if step == "01" else 3
     flags = [*flags_for(ranks), "--num-workers=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
     # A real one: a fork lets go of its last error.
     process = start([*command(step, ranks, root), *flags], tmp_path, real=True)
-    process.wait_for("images a step")  # five Pythons have imported torch by then
+    # Step 02 is ten Pythons, ranks and their workers, and each of them imports torch.
+    process.wait_for("images a step")
+    process.wait_for("raises now")
     status, _, err = finish(process)
     assert status == 1 and "ZeroDivisionError: planted" in err
     assert "DataLoader worker" not in err and "Exception ignored" not in err, err
