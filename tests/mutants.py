@@ -29,6 +29,7 @@ import ast
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import random
@@ -322,9 +323,11 @@ class Tests:
         """Those tests, first the one that is likely to catch most for its time; not all of one kind."""
 
         def worth(test: str) -> float:
-            here, all_ = (test, mutant.file, mutant.scope), (test,)
-            caught = self.caught[here] + 0.1 * self.caught[all_] + 0.05
-            return caught / (self.tried[here] + 0.1 * self.tried[all_] + 1) / (self.seconds[test] + 0.3)
+            caught, tried = 0.05, 1.0
+            for weight, place in zip((3, 1, 0.1), self.places(test, mutant), strict=True):
+                caught += weight * self.caught[place]
+                tried += weight * self.tried[place]
+            return caught / tried / (self.seconds[test] + 0.3)
 
         alike: collections.Counter[str] = collections.Counter()
         ordered = []
@@ -336,9 +339,14 @@ class Tests:
 
     def learn(self, mutant: Mutant, tests: list[str], killer: str) -> None:
         for test in tests[: tests.index(killer) + 1] if killer in tests else tests:
-            for place in ((test,), (test, mutant.file, mutant.scope)):
+            for place in self.places(test, mutant):
                 self.tried[place] += 1
                 self.caught[place] += test == killer
+
+    def places(self, test: str, mutant: Mutant) -> tuple[tuple[str, ...], ...]:
+        """What is learned of a test, from near to far: at the same line of any step, in its function, at all."""
+        function, name = test.partition("[")[0], mutant.file.rpartition("/")[2]
+        return (function, name, mutant.scope, mutant.kind, mutant.was), (function, name, mutant.scope), (test,)
 
 
 def names_given(line: str) -> list[str]:
@@ -427,9 +435,14 @@ def write_known(results: dict[tuple[Any, ...], str]) -> None:
     KNOWN.with_suffix(".tmp").rename(KNOWN)
 
 
+@functools.cache
+def excuses_given() -> list[dict[str, str]]:
+    return list(tomllib.loads(HARMLESS.read_text())["harmless"])
+
+
 def reason(mutant: Mutant) -> str:
     """Why nobody needs to notice this mutant, as harmless.toml has it; or nothing."""
-    for entry in tomllib.loads(HARMLESS.read_text())["harmless"]:
+    for entry in excuses_given():
         if excuses(entry, mutant):
             return str(entry["why"])
     return ""
@@ -444,6 +457,9 @@ def main(args: argparse.Namespace) -> None:
     files = [file for file in (*PYTHON, *SHELL) if file.startswith(args.only)]
     everything = [mutant for file in (*PYTHON, *SHELL) for mutant in mutants_of(file)]
     results = {mutant.key: by for mutant in everything if (by := known().get(mutant.key)) is not None}
+    for mutant in everything:
+        if reason(mutant):  # is not tried unless `--again` asks for it, and counts as one that survives
+            results.setdefault(mutant.key, "")
     asked = [mutant for mutant in everything if mutant.file in files]
     work = [
         mutant
