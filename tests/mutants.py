@@ -344,9 +344,10 @@ class Tests:
                 self.caught[place] += test == killer
 
     def places(self, test: str, mutant: Mutant) -> tuple[tuple[str, ...], ...]:
-        """What is learned of a test, from near to far: at the same line of any step, in its function, at all."""
+        """Where what a test has caught counts: at this line of any step, in this function, everywhere."""
         function, name = test.partition("[")[0], mutant.file.rpartition("/")[2]
-        return (function, name, mutant.scope, mutant.kind, mutant.was), (function, name, mutant.scope), (test,)
+        here = function, name, mutant.scope
+        return (*here, mutant.kind, mutant.was), here, (test,)
 
 
 def names_given(line: str) -> list[str]:

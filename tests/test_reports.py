@@ -1,0 +1,162 @@
+"""What a run says, and what it writes down, to the letter: its lines, its metrics, its snapshots."""
+
+import json
+import re
+import socket
+import time
+
+import pytest
+from helpers import FOLDERS, SHARDED, command, finish, newest, planted, saved, start
+
+from common import snapshot
+
+EVERY = 4  # steps between two reports, planted; step 01 has steps enough for those that are there
+PARAMETERS = 827_688  # bytes of cnn's 206,922 float32
+LARGEST = 4 * (1568 * 128 + 128)  # of its layers, of which one is gathered at a time
+COUNTERS = 8 * 4  # AdamW's steps, of each of its eight tensors
+TIMES = r"[\d.]+ s( of training, [\d,]+ images/s)?$|[\d,]+ images/s$"
+
+
+def without_times(line):
+    return re.sub(TIMES, "", line)
+
+
+def memory_lines(events):
+    """Step 05's tables, made of the numbers that it has written down."""
+    found = []
+    for event in events:
+        if event["event"] == "memory":
+            names = ("parameters", "gradients", "optimizer", "gathered", "peak")
+            found.append(f"{event['moment']:<18}" + "".join(f"{name:>13}" for name in names))
+            rows = {f"rank {rank}": row for rank, row in enumerate(event["ranks"])}
+            rows["each under DDP"] = [*event["ddp"], 0, sum(event["ddp"])]
+            for name, row in rows.items():
+                found.append(f"{name:<18}" + "".join(f"{number / 1e6:>10.2f} MB" for number in row))
+    return found
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
+    ranks, parts = (1 if step == "01" else 3), (2 if step > "03" else 1)
+    images, steps, every = (1300, 108, 100) if step == "01" else (123, 10, EVERY)
+    batch, folder, ending = 12 // ranks // parts, FOLDERS[step], "" if step == SHARDED else ".pt"
+    edits = [] if step == "01" else [("LOG_EVERY = 100", f"LOG_EVERY = {EVERY}")]
+    root = planted(tmp_path / "root", "common/reporting.py", *edits, steps=(step,))
+    flags = [f"--num-samples={images}", f"--batch-size={batch}", "--epochs=2", "--lr=0.002", "--seed=5"]
+    flags += ["--save-every=9", "--use-gpu=0", "--verbose", "--metrics=deep/m", "--snapshot-dir=s"]
+    flags += [f"--accumulate={parts}"] if parts > 1 else []
+    begun = time.monotonic()
+    status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path))
+    took = time.monotonic() - begun
+    print(out, err)
+    assert status == 0 and "error" not in err and "warning" not in err
+    events = [json.loads(line) for line in (tmp_path / "deep" / "m").read_text().splitlines()]
+    of_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "memory")}
+
+    # What it was asked for, in the first event.
+    begins = events[0]
+    data = f"synthetic-{images}"
+    said = {"epochs": 2, "batch_size": batch, "lr": 0.002, "seed": 5, "save_every": 9, "verbose": True}
+    said |= {"model": "cnn", "precision": "float32", "compile": False, "use_gpu": 0, "accumulate": parts}
+    said |= {"num_samples": images, "num_workers": 0, "run": f"cnn-{data}", "dataset": data, "caveat": ""}
+    said |= {"step": folder, "vit_width": 64, "vit_depth": 4}
+    paths = {"data_dir": "data", "snapshot_dir": "s", "metrics": "deep/m"}
+    here = {"event": "start", "world_size": ranks, "device": "cpu", "train_samples": images}
+    assert {**said, **paths, **here}.items() <= begins.items()
+
+    # Each report: which steps it is of, and that its numbers are one another's.
+    ends = [step_ for epoch in range(2) for step_ in [*range(every, steps, every), steps]]
+    keys = {"event", "epoch", "global_step", "loss", "images_per_s", "losses"}
+    epochs = [epoch for epoch in range(2) for _ in ends[: len(ends) // 2]]
+    assert [e["global_step"] for e in of_kind["train"]] == [
+        epoch * steps + end for epoch, end in zip(epochs, ends, strict=True)
+    ]
+    assert [e["epoch"] for e in of_kind["train"]] == epochs
+    counts = [end % every or every for end in ends]
+    for event, count in zip(of_kind["train"], counts, strict=True):
+        assert event.keys() == keys and len(event["losses"]) == count
+        assert event["loss"] == pytest.approx(sum(event["losses"]) / count)
+    assert of_kind["train"][0]["losses"][0] == pytest.approx(2.303, abs=0.3)  # of ten classes, log 10
+    keys = {"event", "epoch", "global_step", "loss", "accuracy", "correct", "total"}
+    for epoch, event in enumerate(of_kind["eval"]):
+        assert event.keys() == keys and event["epoch"] == epoch
+        assert event["global_step"] == steps * (epoch + 1) and event["total"] == images // 6
+        assert event["accuracy"] == event["correct"] / event["total"]
+    assert len(of_kind["eval"]) == 2
+    end = events[-1]
+    assert end.keys() == {"event", "global_step", "images_per_s", "seconds"} and end["event"] == "end"
+    trained = 2 * steps * 12
+    assert end["global_step"] == 2 * steps and end["images_per_s"] == pytest.approx(
+        trained / end["seconds"], rel=0.01, abs=1
+    )
+    # Rates are rounded to whole images a second: of a hundred or more, half a per cent.
+    parts_of = sum(12 * len(e["losses"]) / e["images_per_s"] for e in of_kind["train"])
+    assert parts_of == pytest.approx(end["seconds"], rel=0.05) and end["seconds"] < took
+
+    # What rank 0 prints.
+    micro = f"{parts} × " if parts > 1 else ""
+    head = f"{folder}: cnn on {data}, cpu, float32, {ranks} × {micro}batch {batch} = 12 images a step"
+    wanted = [f"{head}, 2 epochs of {steps} steps", *memory_lines(events)]
+    for e in of_kind["train"] + of_kind["eval"]:
+        place = f"epoch {e['epoch'] + 1}/2  "
+        if e["event"] == "train":
+            rate = f"{e['images_per_s']:,} images/s"
+            wanted.append(f"{place}step {e['global_step']}  loss {e['loss']:.4f}  {rate}")
+        else:
+            right = f"({e['correct']:,} of {e['total']:,})"
+            wanted.append(f"{place}test loss {e['loss']:.4f}, accuracy {e['accuracy']:.2%} {right}")
+    seconds = f"{end['seconds']:.1f} s of training, {end['images_per_s']:,} images/s"
+    wanted.append(f"done: {trained:,} images in {seconds}")
+    lines = [line for line in out.splitlines() if line]
+    assert sorted(line for line in lines if not line.startswith("[")) == sorted(wanted)
+    assert lines[-1] == wanted[-1]
+    tables = [e["moment"] for e in of_kind["memory"]]
+    assert tables == (["at the start", "after one step"] if step == SHARDED else [])
+    for event, copies in zip(of_kind["memory"], (0, 1), strict=False):
+        whole = [PARAMETERS, copies * PARAMETERS, copies * (2 * PARAMETERS + COUNTERS)]
+        assert event["ddp"] == whole
+        rows = event["ranks"]
+        assert [sum(row[i] for row in rows) for i in range(2)] == whole[:2]
+        assert all(row[2] == copies * (2 * row[0] + COUNTERS) for row in rows)
+        assert all(row[3] == copies * LARGEST and row[4] == sum(row[:4]) for row in rows)
+
+    # What each rank prints with --verbose, in its order.
+    snapshots = [n for n in range(1, 2 * steps + 1) if n % 9 == 0 or n % steps == 0]
+    for rank in range(ranks):
+        mine = [line.removeprefix(f"[rank {rank}] ") for line in lines if line.startswith(f"[rank {rank}]")]
+        place = rf"local rank {rank}, world size {ranks}, device cpu, 1 threads, pid \d+"
+        assert re.fullmatch(rf"{place}, on {socket.gethostname()}, node 0", mine.pop(0))
+        saves = [line for line in mine if line.startswith("saved")]
+        assert saves == [f"saved s/snapshot-{n:08d}{ending}" for n in snapshots if rank == 0]
+        shard = f"{images // ranks:,} images in this rank's shard"
+        wanted = []
+        for epoch in range(2):
+            wanted.append(f"epoch {epoch + 1}: {shard}, {steps} batches")
+            for event, count in zip(of_kind["train"], counts, strict=True):
+                if event["epoch"] == epoch:
+                    wanted.append(f"step {event['global_step']}: {count} batches of {12 // ranks} in ")
+        assert [without_times(line) for line in mine if line not in saves] == wanted
+
+    # What it saves: the newest three, each with all that a run needs to go on.
+    assert saved(tmp_path / "s") == snapshots[:-4:-1]
+    state = newest(tmp_path / "s")
+    rest = {name: state[name] for name in state.keys() - {"model", "optimizer", "rng", "flags"}}
+    place = {"epoch": 2, "samples_seen": 0, "global_step": 2 * steps}
+    assert rest == {**place, "format": 2, "run": f"cnn-{data}", "precision": "float32", "seed": 5}
+    assert said.items() <= state["flags"].items() and not paths.keys() & state["flags"].keys()
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["lr"] == 0.002 and group["fused"] is False
+    assert [each.keys() for each in state["rng"]] == [{"cpu"}] * ranks
+    if step != SHARDED:
+        before, _ = snapshot.read(tmp_path / "s" / f"snapshot-{snapshots[-2]:08d}.pt")
+        assert (before["epoch"], before["samples_seen"]) == (1, (snapshots[-2] - steps) * 12)
+
+    # The same again: there is nothing left to do, and it says so.
+    status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path))
+    print(out, err)
+    assert status == 0
+    assert f"resumed from s: epoch 2, step {2 * steps}" in out.splitlines()
+    assert out.splitlines()[-1] == "nothing left to train: raise --epochs, or delete s to start afresh"
+    again = [json.loads(line) for line in (tmp_path / "deep" / "m").read_text().splitlines()][len(events) :]
+    again = [event for event in again if event["event"] != "memory"]
+    assert again == [begins, {"event": "end", "global_step": 2 * steps, "images_per_s": 0, "seconds": 0.0}]
