@@ -26,12 +26,14 @@ class Judge:
         self.end, self.traces = time.monotonic() + limit, traces
         self.killer, self.why = "", ""
         self.failed: set[str] = set()
+        self.ran: list[str] = []
         self.measured: list[tuple[str, float, str, bool]] = []  # test, seconds, trace, whether it failed
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         if time.monotonic() > self.end:
             pytest.exit("out of time", 0)
+        self.ran.append(item.nodeid)
         if self.traces:
             to = self.traces / f"{time.monotonic_ns()}-{os.getpid()}"
             begun = time.monotonic()
@@ -87,7 +89,8 @@ def judge(asked: dict[str, Any], answer: Path) -> None:
     for part in [tests] if traces else [tests[:3], tests[3:]]:
         if part and not plugin.killer:
             status = pytest.main([*flags, *part], plugins=[plugin])
-    result = {"killer": plugin.killer, "why": plugin.why, "measured": plugin.measured, "status": int(status)}
+    result = {"killer": plugin.killer, "why": plugin.why, "ran": plugin.ran, "measured": plugin.measured}
+    result["status"] = int(status)
     answer.with_suffix(".tmp").write_text(json.dumps(result))
     answer.with_suffix(".tmp").rename(answer)
 

@@ -21,7 +21,7 @@ most in this place, for their time, until one fails or `--limit` seconds of test
 not plant its own bug in the mutant says nothing. A hang is caught when a test says so by its own limit.
 
 `mutants.jsonl` has each mutant with the test that catches it, docs/mutants.md the survivors with the reasons
-of `harmless.toml`. Interrupted, it goes on where it was.
+of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test not yet tried.
 """
 
 import argparse
@@ -58,7 +58,8 @@ SHELL = {  # by lines; which tests come to one is not measured
 KNOWN = ROOT / "tests" / "mutants.jsonl"
 REPORT = ROOT / "docs" / "mutants.md"
 HARMLESS = ROOT / "tests" / "harmless.toml"
-TRACED = ROOT / ".mutants"  # what is measured once, and not committed
+TRACED = ROOT / ".mutants"  # what is measured once, and not committed; delete it to begin afresh
+PASSED = TRACED / "passed.json"
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather_object", "barrier", "broadcast_object_list")
 
 # --- The mutants
@@ -277,7 +278,7 @@ class Lane:
                 )
             return found
         except AssertionError as error:
-            return {"killer": "", "why": str(error).splitlines()[0], "measured": [], "status": -1}
+            return {"killer": "", "why": str(error).splitlines()[0], "ran": [], "measured": [], "status": -1}
         finally:
             place.write_bytes(right)
             self.sweep()
@@ -301,6 +302,7 @@ class Tests:
         self.seen: dict[str, list[str]] = measured["seen"]  # by "folder/file, a tab, the line's text"
         self.tried: collections.Counter[tuple[str, ...]] = collections.Counter()
         self.caught: collections.Counter[tuple[str, ...]] = collections.Counter()
+        self.passed: dict[str, list[str]] = {}  # by a mutant's key, as JSON: the tests that it has survived
 
     def that_see(self, mutant: Mutant) -> set[str]:
         """The tests that come to a mutant's lines, or to those that use a name which it gives."""
@@ -331,7 +333,8 @@ class Tests:
 
         alike: collections.Counter[str] = collections.Counter()
         ordered = []
-        for test in sorted(self.that_see(mutant), key=lambda test: (-worth(test), test)):
+        left = self.that_see(mutant) - {*self.passed.get(json.dumps(mutant.key), ())}
+        for test in sorted(left, key=lambda test: (-worth(test), test)):
             function = test.partition("[")[0]
             alike[function] += 1
             ordered.append((worth(test) / alike[function] ** 2, test))
@@ -389,8 +392,7 @@ def measure(lanes: list[Lane], bar: Any, quick: bool) -> dict[str, Any]:
                     found["seconds"][name] = took
                     for line in sorted(set(path.read_text().splitlines())) if path.exists() else []:
                         found["seen"].setdefault(line, []).append(name)
-                lines.with_suffix(".tmp").write_text(json.dumps(found))
-                lines.with_suffix(".tmp").rename(lines)
+                write(lines, json.dumps(found))
 
         in_lanes(lanes, run, parts, bar)
     return found
@@ -432,8 +434,13 @@ def known() -> dict[tuple[Any, ...], str]:
 
 def write_known(results: dict[tuple[Any, ...], str]) -> None:
     text = "".join(json.dumps([*key, by], ensure_ascii=False) + "\n" for key, by in results.items())
-    KNOWN.with_suffix(".tmp").write_text(text)
-    KNOWN.with_suffix(".tmp").rename(KNOWN)
+    write(KNOWN, text)
+
+
+def write(path: Path, text: str) -> None:
+    """In one go: whoever ends this at any moment finds the file whole."""
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").rename(path)
 
 
 @functools.cache
@@ -482,6 +489,8 @@ def main(args: argparse.Namespace) -> None:
         lanes = [Lane(base, number, args.data_dir) for number in range(args.lanes)]
         bar = stack.enter_context(tqdm(unit=" mutants", smoothing=0.05))
         tests = Tests(measure(lanes, bar, args.quick))
+        if PASSED.exists() and not args.again:
+            tests.passed = json.loads(PASSED.read_text())
         for mutant in everything:
             if by := results.get(mutant.key):
                 tests.learn(mutant, [by], by)
@@ -494,7 +503,7 @@ def main(args: argparse.Namespace) -> None:
                     if time_left > 0 and test in tests.seconds:
                         order.append(test)
                         time_left -= tests.seconds[test]
-            found = {"killer": "", "why": "no test comes here"}
+            found = {"killer": "", "why": "no other test comes here", "ran": []}
             if order:
                 try:
                     found = lane.run(order, 3 * args.limit + 60, mutant)
@@ -504,6 +513,9 @@ def main(args: argparse.Namespace) -> None:
             with lock:
                 tests.learn(mutant, order, found["killer"])
                 results[mutant.key] = found["killer"]
+                if not found["killer"]:
+                    tests.passed.setdefault(json.dumps(mutant.key), []).extend(found["ran"])
+                    write(PASSED, json.dumps(tests.passed))
                 write_known({m.key: results[m.key] for m in everything if m.key in results})
                 if args.verbose or not found["killer"]:
                     bar.write(

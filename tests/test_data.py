@@ -260,4 +260,8 @@ def test_synthetic_sizes():
     train, test = mnist.load_mnist(Path("unused"), num_samples=1291)
     assert (len(train), len(test), train.name) == (1291, 215, "synthetic-1291")
     assert not torch.equal(train.images[:215], test.images)
+    # Of name, images and labels, the same on every machine.
+    assert (train.checksum(), test.checksum()) == ("synthetic-1291 e5d5c6d7", "synthetic-1291 b827e130")
+    changed = mnist.Digits(train.images, train.labels.roll(1), train.name)
+    assert changed.checksum() != train.checksum()
     assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1

@@ -308,3 +308,84 @@ def test_the_attacks_do_what_they_threaten_if_they_are_let(tmp_path, monkeypatch
     torch.save(Attack("os.mkdir"), "evil.pt")
     pickle.loads(pickle.dumps(Attack(way)))
     assert Path(MARK).exists()
+
+
+STATE, SHARD = "state.pt", "__0_0.distcp"
+KINDS = {"seed": "int", "epoch": "int", "samples_seen": "int", "global_step": "int", "run": "str"}
+KINDS |= {"precision": "str", "flags": "dict", "checksums": "dict", "rng": "list", "param_groups": "list"}
+
+
+def damage(path, what):
+    """Do to the snapshot `path` what one of the LIES says; its checksums are right, or the lie."""
+    state, metadata = torch.load(path / STATE), metadata_of(path)
+    names, places = list(metadata.state_dict_metadata), list(metadata.storage_data.values())
+    if what in KINDS or what in ("no metadata", "a group", "a rank"):
+        changed = {what: b"of another kind"}
+        if what == "no metadata":
+            changed = {"checksums": {SHARD: state["checksums"][SHARD]}}
+        elif what in ("a group", "a rank"):
+            changed = {"param_groups" if what == "a group" else "rng": [{}, None]}
+        seal(path / STATE, {**state, **changed})
+        return
+    if what.startswith("no "):
+        (path / what.removeprefix("no ")).unlink()
+    elif what.startswith("a folder for "):
+        (path / what.removeprefix("a folder for ")).unlink()
+        (path / what.removeprefix("a folder for ")).mkdir()
+    elif what == "a file more":
+        (path / "more").write_bytes(b"")
+    elif what == "a folder more":
+        (path / "more").mkdir()
+    elif what == "a byte more":
+        (path / SHARD).write_bytes((path / SHARD).read_bytes() + b"x")
+    elif what == "a file of which no byte can be read":  # by root neither
+        (path / SHARD).unlink()
+        (path / SHARD).symlink_to("/proc/self/mem")
+    else:
+        if what == "a size for a tensor":
+            metadata.state_dict_metadata[names[1]] = torch.Size([3])
+        elif what == "a tensor too large":
+            room = sum(file.stat().st_size for file in path.iterdir() if file.name != STATE)
+            others = (metadata.state_dict_metadata[name] for name in names[:-1])
+            room -= sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in others)
+            metadata.state_dict_metadata[names[-1]].size = torch.Size([room // 4 + 50])
+        elif what == "a shard elsewhere":
+            places[-1].relative_path = "../outside"
+        (path / sharded.METADATA).write_bytes(pickle.dumps(metadata))
+        reseal(path)
+
+
+LIES = {
+    name: f"{STATE} is of no sharded snapshot: {name} is missing, or no {kind}"
+    for name, kind in KINDS.items()
+}
+LIES |= {
+    "no state.pt": "state.pt is missing",
+    "a folder for state.pt": "state.pt is missing",
+    "no metadata": "state.pt is of no sharded snapshot",
+    "a group": "state.pt: in rng and param_groups stands what is no dict",
+    "a rank": "state.pt: in rng and param_groups stands what is no dict",
+    "a file more": "more does not belong here",
+    "a folder more": "more does not belong here",
+    "no __0_0.distcp": "__0_0.distcp is missing",
+    "a folder for __0_0.distcp": "__0_0.distcp is missing",
+    "a byte more": "wrong checksum in __0_0.distcp",
+    "a file of which no byte can be read": "cannot read __0_0.distcp: Input/output error",
+    "a size for a tensor": ".metadata: model.net.0.bias is no tensor",
+    "a tensor too large": ".metadata: its tensors are larger than the files",
+    "a shard elsewhere": ".metadata: ../outside is none of the files",
+}
+
+
+def test_each_lie_is_told_in_its_own_words(original, tmp_path):
+    found = {}
+    for what in LIES:
+        path = Path(shutil.copytree(original, tmp_path / what)) / "snapshot-00000020"
+        damage(path, what)
+        state, found[what] = sharded.read(path)
+        assert state == {}, what
+    assert found == LIES
+    path = snapshot.snapshots(original, sharded=True)[0]
+    state, problem = sharded.read(path)
+    assert problem == "" and state["path"] == path and state["epoch"] == 0
+    assert state["metadata"].state_dict_metadata == metadata_of(path).state_dict_metadata

@@ -62,6 +62,22 @@ def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step
     assert "[rank" not in proof(step, ranks).out
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_needs_no_torchrun(tmp_path, flag):
+    script = str(ROOT / FOLDERS["05"] / "train.py")
+    status, out, err = finish(start([sys.executable, script, flag], tmp_path))
+    assert status == 0 and err == ""
+    assert out.startswith("usage: train.py [-h]") and "--meta-init" in out
+
+
+def test_step_02_starts_two_ranks_where_there_is_no_gpu(tmp_path):
+    script = str(ROOT / FOLDERS["02"] / "train.py")
+    flags = ["--num-samples=64", "--batch-size=32", "--epochs=1"]
+    status, out, err = finish(start([sys.executable, script, *flags], tmp_path))
+    assert status == 0, err
+    assert "2 × batch 32 = 64 images a step" in out
+
+
 def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
     flags = ["--num-samples=128", "--batch-size=32", "--epochs=1"]
     (tmp_path / "other").mkdir()
@@ -120,7 +136,7 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
         name: (takes, text)
         for name, takes, text in re.findall(r"^  --(\S+)(?: (\S+))?\s{2,}(\S.*)$", out, re.MULTILINE)
     }
-    run = train(step, 1, tmp_path / "run", "--num-samples=64", "--epochs=1")
+    run = train(step, 1, tmp_path / "run", "--num-samples=64")
     without = {name.replace("_", "-"): value for name, value in run.events[0].items()}
     # What the run's first event has besides flags.
     own = {"event", "step", "run", "dataset", "caveat", "device", "train-samples"}
@@ -131,7 +147,7 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
         assert takes in ("N", "X", "DIR", "FILE", "TIMEOUT", "WORLD_SIZE") or takes[:1] in ("{", "")
         assert (takes == "") == (without[name] is False)
         if default := re.search(r" \((\S+?)(: none)?\)$", text):
-            if name != "epochs" and name != "snapshot-dir":  # which the run was given
+            if name != "snapshot-dir":  # which the run was given
                 assert default[1] == str(without[name])
         elif unless := re.match(r"(\S+) unless given", text):
             assert unless[1] == without[name]

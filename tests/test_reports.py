@@ -40,7 +40,9 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     ranks, parts = (1 if step == "01" else 3), (2 if step > "03" else 1)
     images, steps, every = (1300, 108, 100) if step == "01" else (123, 10, EVERY)
     batch, folder, ending = 12 // ranks // parts, FOLDERS[step], "" if step == SHARDED else ".pt"
-    edits = [] if step == "01" else [("LOG_EVERY = 100", f"LOG_EVERY = {EVERY}")]
+    tells = "        loss, correct, total = losses / count, int(right), int(count)\n"
+    edits = [(tells, f"        assert not torch.is_grad_enabled()\n{tells}")]  # what a test must not pay for
+    edits += [] if step == "01" else [("LOG_EVERY = 100", f"LOG_EVERY = {EVERY}")]
     root = planted(tmp_path / "root", "common/reporting.py", *edits, steps=(step,))
     flags = [f"--num-samples={images}", f"--batch-size={batch}", "--epochs=2", "--lr=0.002", "--seed=5"]
     flags += ["--save-every=9", "--use-gpu=0", "--verbose", "--metrics=deep/m", "--snapshot-dir=s"]
