@@ -393,8 +393,13 @@ def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
     copy = shutil.copytree(path, tmp_path / "a" / path.name)
     assert convert(copy, tmp_path) == (0, f"wrote {copy}.pt\n", "")
     first = newest(tmp_path / "a")
+    names = {path.name for path in copy.iterdir()}
     shutil.rmtree(copy)
+    left = sharded.unfinished(copy.parent, first["global_step"])  # by a convert.py that was killed
+    left.mkdir()
+    (left / "__7_0.distcp").write_bytes(b"half")
     assert convert(f"{copy}.pt", tmp_path) == (0, f"wrote {copy}\n", "")
+    assert {path.name for path in copy.iterdir()} <= names
     os.unlink(f"{copy}.pt")
     second = newest(tmp_path / "a")
     assert first.keys() == second.keys() >= {"model", "optimizer", "epoch", "rng", "run", "flags", "format"}

@@ -8,11 +8,13 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import soak
+import torch
 from helpers import (
     FOLDERS,
     GLOBAL_BATCH,
@@ -273,36 +275,69 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
         assert re.search("Connection (closed|reset) by peer" if what == "exits with 0" else "5000ms", err)
 
 
+MUCH = "--lr=9 --epochs=9 --batch-size=9 --seed=9 --vit-width=128 --vit-depth=9 --timeout=99"
+MORE = ["--vit-width 128, 64", "--vit-depth 9, 4"]
+# What is done to rank 1 of 3, and what it has then that rank 0 has not; … stands for a checksum.
 DIFFERENT = {
-    "flags": "sys.argv.append('--lr=0.01')",
-    "data": "sys.argv[sys.argv.index('--num-samples=480')] = '--num-samples=481'",
-    "code": "sys.argv[0] = sys.argv[0].replace('/one/', '/other/')",
+    "flags": ("sys.argv.append('--lr=0.01')", ["--lr 0.01, 0.001"]),
+    "data": (
+        "sys.argv[sys.argv.index('--num-samples=480')] = '--num-samples=481'",
+        ["--num-samples 481, 480", "data synthetic-481 …, synthetic-480 …"],
+    ),
+    "code": ("sys.argv[0] = sys.argv[0].replace('/one/', '/other/')", ["code …, …"]),
+    "common": ("sys.argv[0] = sys.argv[0].replace('/one/', '/third/')", ["code …, …"]),
+    "torch": ("import torch; torch.__version__ = '1.0'", [f"torch 1.0, {torch.__version__}"]),
+    "much": (  # of which six are told
+        f"sys.argv += '{MUCH}'.split()",
+        ["--epochs 9, 1000", "--batch-size 9, 64", "--lr 9.0, 0.001", "--seed 9, 0", *MORE],
+    ),
 }
+MAY_DIFFER = "--num-workers=1 --verbose --metrics=1 --data-dir=elsewhere --snapshot-dir=one/../snapshots"
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
-@pytest.mark.parametrize("step", ["04", "05"])
-def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what):
-    """Ranks 1 of 3 have other flags, data or code, as on a node that was forgotten."""
-    for name in ("one", "other"):
-        planted(tmp_path / name, step)
-    (tmp_path / "other" / FOLDERS[step] / "train.py").open("a").write("# newer\n")
-    launch = tmp_path / "launch.py"
+def start_with_another_rank(folder, step, change, *flags):
+    """Start a step at three ranks, in which rank 1 does something before its train.py begins."""
+    launch = folder / "launch.py"
     launch.write_text(
         "import os, runpy, sys\nsys.argv.pop(0)\nsys.path[0] = os.path.dirname(sys.argv[0])\n"
-        f"if os.environ['RANK'] == '1': {DIFFERENT[what]}\n"
+        f"if os.environ['RANK'] == '1': {change}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as error:\n"
         "    print(os.environ['RANK'], file=open(f'left-with-{error.code}', 'a'))\n"
         "    raise\n"
     )
-    words = command(step, 3, tmp_path / "one")
+    words = command(step, 3, folder / "one")
     words.insert(-1, str(launch))
-    status, out, err = finish(start([*words, *FOREVER], tmp_path))
+    return start([*words, *flags], folder)
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+@pytest.mark.parametrize("step", ["04", "05"])
+def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what):
+    """Rank 1 of 3 has other flags, data, code or torch, as on a node that was forgotten."""
+    for name in ("one", "other", "third"):
+        planted(tmp_path / name, step)
+    for name, file in (("other", f"{FOLDERS[step]}/train.py"), ("third", "common/synthetic.py")):
+        (tmp_path / name / file).open("a").write("# newer\n")
+    change, differences = DIFFERENT[what]
+    status, out, err = finish(start_with_another_rank(tmp_path, step, change, *FOREVER))
     print(status, errors(err))
-    said = {"flags": "--lr 0.01, rank 0", "data": "--num-samples 481, rank 0", "code": "code "}[what]
+    host = socket.gethostname()
+    said = (difference.rpartition(", ") for difference in differences)
+    said = [f"rank 1 on {host} has {theirs}, rank 0 on {host} has {ours}" for theirs, _, ours in said]
+    pattern = re.escape(f"error: {'; '.join(said)}: make the nodes the same").replace("…", "[0-9a-f]{8}")
     assert len(errors(err)) == 1 and "loss" not in out
-    assert errors(err)[0].startswith("error: rank 1 on ") and f" has {said}" in errors(err)[0]
-    assert "rank 2 on" not in errors(err)[0] and errors(err)[0].endswith(": make the nodes the same")
+    assert re.fullmatch(pattern, errors(err)[0])
     assert status == 1 and "exitcode  : 2" in err
     assert sorted((tmp_path / "left-with-2").read_text().split()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("step", ["04", "05"])
+def test_what_a_node_may_have_of_its_own_stops_nobody(tmp_path, step):
+    planted(tmp_path / "one", step)
+    change = f"sys.argv += '{MAY_DIFFER}'.split()"
+    status, out, err = finish(start_with_another_rank(tmp_path, step, change, *FOREVER, "--epochs=1"))
+    print(out, err)
+    assert status == 0
+    assert "[rank 1] epoch 1: " in out and "[rank 0]" not in out
+    assert out.splitlines()[-1].startswith("done: 384 images")

@@ -1,15 +1,29 @@
 """The mistakes that distributed training scripts make most: each must turn the comparison red."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GLOBAL_BATCH, PROOF, disagreements, planted, train
+from helpers import (
+    FOLDERS,
+    GLOBAL_BATCH,
+    GROWN,
+    PROOF,
+    SHARDED,
+    disagreements,
+    finish,
+    load,
+    planted,
+    start,
+    train,
+)
 
+from common import snapshot
 from common.mnist import load_mnist
-from common.models import build_model
+from common.snapshot import snapshots
 
 # name: (step, line of its train.py, what a wrong script has instead, what must be found to disagree).
 # All steps from 02 on have these lines alike: each bug is planted in one of them.
@@ -61,16 +75,28 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     assert symptom in found
 
 
+RELU = "*(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU()"
+NORMED = (RELU, RELU.replace("nn.ReLU()", "nn.BatchNorm2d(32), nn.ReLU()"))
+
+
 @pytest.mark.parametrize("bug", [False, True])
-def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, bug):
+@pytest.mark.parametrize("step", GROWN)
+def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's."""
-    root = planted(tmp_path, "02", *([("dist.broadcast(buffer, src=0)", "pass")] if bug else []))
-    flags = ["--model=resnet18", "--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
-    run = train("02", 2, tmp_path / "run", *flags, root=root)
-    model = build_model(
-        argparse.Namespace(model="resnet18", precision="float64", compile=False, vit_width=64, vit_depth=4)
+    root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
+    if bug:
+        planted(root, step, ("dist.broadcast(buffer, src=0)", "pass"))
+    flags = ["--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
+    run = train(step, 2, tmp_path / "run", *flags, root=root)
+    model = load(root / "common" / "models.py").build_model(
+        argparse.Namespace(model="cnn", precision="float64", compile=False)
     )
-    model.load_state_dict(run.weights)
+    path = snapshots(run.snapshot_dir, step == SHARDED)[0]
+    if step == SHARDED:  # by the convert.py that knows this model
+        words = [sys.executable, str(root / FOLDERS[step] / "convert.py"), str(path)]
+        assert finish(start(words, tmp_path))[0] == 0
+        path = path.with_suffix(".pt")
+    model.load_state_dict(snapshot.read(path)[0]["model"])
     _, test = load_mnist(Path("unused"), 64)
     with torch.no_grad():
         loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
