@@ -239,7 +239,5 @@ class Saver:
 
     def wait(self):
         """For the snapshot that is being written; `fail`s, on all ranks, if that did not succeed."""
-        problem = self.saving.result() if self.saving else None
-        self.saving = None
-        if problem:
+        if self.saving and (problem := self.saving.result()):
             fail(problem)

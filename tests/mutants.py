@@ -199,7 +199,7 @@ def another(value: Any) -> str:
     if isinstance(value, int):
         return str(value + 1)
     if isinstance(value, float):
-        return str(2 * value)
+        return str(2 * value or 1.0)
     if isinstance(value, (str, bytes)) and value and not re.search(r"\s", str(value)):
         return repr(value[:1] + value)
     return ""

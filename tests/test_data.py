@@ -122,10 +122,11 @@ def at_once(count, folder, mirror, packed, until="asking"):
     """
     url = f"http://127.0.0.1:{mirror.server_address[1]}/"
     md5 = json.dumps({name: hashlib.md5(content).hexdigest() for name, content in packed.items()})
-    script = folder.parent / "process.py"
+    here = next(parent for parent in folder.parents if parent.exists())
+    script = here / "process.py"
     script.write_text(PROCESS)
     words = [sys.executable, str(script), str(folder), url, md5, str(ROOT)]
-    processes = [start(words, folder.parent) for _ in range(count)]
+    processes = [start(words, here) for _ in range(count)]
     for process in processes:
         process.wait_for(f"{until}\n")
     mirror.go.set()  # the first to ask was kept waiting until the others wait for it
@@ -138,16 +139,16 @@ def at_once(count, folder, mirror, packed, until="asking"):
 
 
 def test_three_processes_download_once(tmp_path, mirror, packed):
-    results = at_once(3, tmp_path / "data", mirror, packed)
+    data_dir = tmp_path / "not" / "there" / "yet"
+    results = at_once(3, data_dir, mirror, packed)
     print(dict(mirror.asked))
     assert [status for status, _, _ in results] == [0, 0, 0]
     assert len({out for _, out, _ in results}) == 1
     assert results[0][1].startswith("mnist|60000|10000|")
     # Two requests a download: torchvision asks for redirects first.
     assert mirror.asked == {f"/{name}": 2 for name in packed}
-    assert sorted(path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()) == sorted(
-        mnist.FILES
-    )
+    assert {path.name for path in (data_dir / "MNIST" / "raw").iterdir()} == {*mnist.FILES}
+    assert {path.name for path in data_dir.iterdir()} == {"MNIST", ".mnist-download-lock"}
 
 
 def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed):
@@ -161,8 +162,12 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
         warning = err.splitlines()[-1]
         assert warning.startswith("warning: MNIST could not be downloaded (HTTP Error 503")
         assert "HTTP Error 503" in out  # and the data set carries it, for the last line of the run
-    # When the mirror is back, the next start does not go by the old failure.
+    # When the mirror is back, the next start does not go by the old failure, nor by what a kill has left.
     mirror.down = False
+    half = tmp_path / "data" / ".mnist-partial" / "MNIST" / "raw"
+    half.mkdir(parents=True, exist_ok=True)
+    for name in mnist.FILES:
+        (half / name).write_bytes(b"half")
     [(status, out, _)] = at_once(1, tmp_path / "data", mirror, packed)
     assert status == 0 and "mnist|60000" in out
 

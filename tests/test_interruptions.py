@@ -341,3 +341,35 @@ def test_what_a_node_may_have_of_its_own_stops_nobody(tmp_path, step):
     assert status == 0
     assert "[rank 1] epoch 1: " in out and "[rank 0]" not in out
     assert out.splitlines()[-1].startswith("done: 384 images")
+
+
+WATCH = """
+import os, time
+from pathlib import Path
+
+def ranks():
+    tasks = Path(f"/proc/{os.getppid()}/task")
+    pids = [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
+
+def watch(rank):
+    end = time.monotonic() + 3  # in which nobody is to leave
+    while rank == 0 and len(ranks()) == 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    if rank == 0:
+        print(f"and {len(ranks())} are here", flush=True)
+"""
+
+
+def test_no_rank_leaves_before_rank_0_has_saved(tmp_path):
+    """A launcher ends the rest 30 s after the first has left, and a big model takes longer to save."""
+    leaves = "                self.control.leave(stop, self.report, self.global_step)\n"
+    watches = "                __import__('watch').watch(self.rank)\n"
+    root = planted(tmp_path / "root", "03", (leaves, watches + leaves))
+    (root / FOLDERS["03"] / "watch.py").write_text(WATCH)
+    process = start([*command("03", 3, root), *FOREVER], tmp_path)
+    wait_for_step(process, tmp_path / "snapshots")
+    process.send_signal(signal.SIGTERM)
+    status, out, err = finish(process)
+    print(status, out, err[-1000:])
+    assert "and 3 are here" in out
