@@ -43,6 +43,8 @@ class Control:
         # When NCCL times out it kills the process, and no reason is printed: the vote gives up earlier.
         earlier = timedelta(seconds=seconds - min(30, seconds / 2))
         self.group: Any = dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None
+        if self.group:  # or one that has nothing left to do could leave while others still connect to it
+            dist.barrier(group=self.group)
         self.launcher, self.clock, self.step, self.next = os.getppid(), time.perf_counter(), 0, 0
         self.vote: Any = None
         for number in (signal.SIGINT, signal.SIGTERM):

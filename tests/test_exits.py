@@ -158,3 +158,34 @@ def test_what_stops_the_start_is_told_by_its_own_name(capsys):
         with pytest.raises(SystemExit), meeting():
             raise error
         assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+BEGINS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import torch.distributed as dist
+from common.ranks import Control
+
+dist.init_process_group("gloo")
+control = Control()
+Path(f"rank-{dist.get_rank()}-goes-on").touch()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_goes_on_when_all_have_connected(tmp_path):
+    """With nothing left to train, one was gone while others still connected, and a run in 25 failed."""
+    connects = 'dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None\n'
+    slowly = (
+        "        if dist.get_rank() == 1:\n"
+        "            time.sleep(2)  # in which nobody is to go on\n"
+        "            print('gone on:', *Path.cwd().glob('rank-*-goes-on'), flush=True)\n"
+    )
+    root = planted(tmp_path / "root", "common/ranks.py", (connects, connects + slowly))
+    (root / "begins.py").write_text(BEGINS)
+    status, out, err = finish(start([*command("03", 3)[:-1], str(root / "begins.py")], tmp_path))
+    print(out, err[-2000:])
+    assert status == 0 and len([*tmp_path.glob("rank-*-goes-on")]) == 3
+    assert out == "gone on:\n"
