@@ -270,3 +270,4 @@ def test_synthetic_sizes():
     changed = mnist.Digits(train.images, train.labels.roll(1), train.name)
     assert changed.checksum() != train.checksum()
     assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1
+    assert mnist.FALLBACK == len(range(8, mnist.FILES["train-labels-idx1-ubyte"]))  # as many as MNIST has

@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from helpers import (
     FOLDERS,
     GLOBAL_BATCH,
+    GROWN,
     ROOT,
     after_a_step,
     command,
@@ -251,6 +254,43 @@ def test_activation_checkpointing_keeps_less(alone):
     assert kept[True] < kept[False] / 2
 
 
+@pytest.mark.parametrize("flag", ["", "--no-reshard"])
+def test_nothing_stays_gathered_after_a_test(tmp_path, flag):
+    """Backward would free it, and no backward pass follows."""
+    sums = "        dist.all_reduce(totals)\n"
+    looks = "        print('whole', sum(not hasattr(p, 'to_local') for p in self.model.parameters()))\n"
+    root = planted(tmp_path / "root", STEP, (sums, looks + sums))
+    flags = ["--num-samples=24", "--batch-size=12", "--epochs=1", *flag.split()]
+    run = train(STEP, 2, tmp_path, *flags, root=root)
+    assert run.out.count("whole 0") == 2
+
+
+# After a micro-batch: whether the gradients are those of all ranks.
+REDUCED = {
+    "04": "(both := [0, 0], dist.all_gather_object(both, [p.grad.sum().item() for p in model.parameters()]),"
+    " both[0] == both[1])[-1]",
+    STEP: "any(p.grad is not None for p in model.parameters())",
+}
+
+
+@pytest.mark.parametrize("step", REDUCED)
+def test_gradients_are_reduced_once_in_a_step(tmp_path, step):
+    """With --accumulate the network would carry each micro-batch's, otherwise; the sums would be the same."""
+    adds = "            total += loss.detach()\n"
+    looks = f"            model = self.model; print(f'part {{i}} reduced', {REDUCED[step]}, flush=True)\n"
+    root = planted(tmp_path / "root", step, (adds, looks + adds))
+    flags = ["--num-samples=72", "--batch-size=12", "--accumulate=3", "--epochs=1"]
+    run = train(step, 2, tmp_path, *flags, root=root)
+    parts = re.findall(r"part \d reduced \w+", run.out)
+    assert sorted(parts) == [f"part {part} reduced {part == 3}" for part in (1, 1, 2, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("step", GROWN)
+def test_there_may_be_fewer_test_images_than_ranks(tmp_path, step):
+    run = train(step, 3, tmp_path, "--num-samples=12", "--batch-size=4", "--epochs=1")
+    assert run.test["total"] == 2
+
+
 def test_an_optimizer_from_before_fully_shard_is_refused(tmp_path):
     """Without our check it trains nothing, without a word, until the first snapshot."""
     right = "optimizer = torch.optim.AdamW(model.parameters(), "
@@ -441,6 +481,30 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
         status, out, err = convert(given, tmp_path)
         assert status == 2 and out == ""
         assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+FULL = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # of a file: less than a snapshot has
+sys.argv.pop(0)
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_told_when_a_snapshot_is_converted(uninterrupted, tmp_path):
+    path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
+    copy = shutil.copytree(path, tmp_path / "a" / path.name)
+    assert convert(copy, tmp_path)[0] == 0
+    plain = str(shutil.move(f"{copy}.pt", tmp_path / f"{path.name}.pt"))
+    (tmp_path / "full.py").write_text(FULL)
+    for given, other in ((copy, f"{copy}.pt"), (plain, plain.removesuffix(".pt"))):
+        words = [sys.executable, str(tmp_path / "full.py"), str(SCRIPT.parent / "convert.py"), str(given)]
+        status, out, err = finish(start(words, tmp_path))
+        print(out, err)
+        assert status == 2 and out == ""
+        assert len(errors(err)) == 1 and errors(err)[0].startswith(f"error: cannot write {other}: ")
+        assert errors(err)[0].endswith("; make room") and not Path(other).exists()
 
 
 def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, tmp_path, capsys):

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from common.mnist import load_mnist
 from common.models import MODELS, Normalized, build_model
@@ -50,6 +51,18 @@ def test_every_parameter_gets_a_gradient(name):
 def test_the_sizes_that_the_docstrings_give(name, count):
     assert sum(parameter.numel() for parameter in build(name).parameters()) == count
     assert f"{count:,}" in MODELS[name].__doc__
+
+
+def test_only_what_sees_the_image_is_other_than_torchvisions():
+    """One channel for three, and nothing else; the vit's patches are those that it counts."""
+    ours, theirs = build("resnet18").net.conv1, torchvision.models.resnet18().conv1
+    names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+    vit = build("vit").net
+    assert vit.conv_proj.kernel_size == vit.conv_proj.stride == (vit.patch_size, vit.patch_size) == (7, 7)
+    assert [block.num_heads for block in vit.encoder.layers] == [4] * 4
+    wide = build_model(flags("vit", vit_width=512, vit_depth=1)).net
+    assert [block.num_heads for block in wide.encoder.layers] == [8]  # 64 wide, as in the paper
 
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])

@@ -68,6 +68,7 @@ def test_help_needs_no_torchrun(tmp_path, flag):
     status, out, err = finish(start([sys.executable, script, flag], tmp_path))
     assert status == 0 and err == ""
     assert out.startswith("usage: train.py [-h]") and "--meta-init" in out
+    assert "\nStep 05: FSDP: each rank keeps a shard of the weights" in out
 
 
 def test_step_02_starts_two_ranks_where_there_is_no_gpu(tmp_path):

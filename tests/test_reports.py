@@ -1,15 +1,23 @@
 """What a run says, and what it writes down, to the letter: its lines, its metrics, its snapshots."""
 
+import fcntl
 import json
+import os
+import pty
 import re
+import select
 import socket
+import struct
+import termios
 import time
 
+import forks
 import pytest
-from helpers import FOLDERS, SHARDED, command, finish, newest, planted, saved, start
+from helpers import FOLDERS, SHARDED, command, environment, finish, newest, planted, saved, start
 
 from common import snapshot
 
+# At three ranks 131 images make ten steps of 12; a sampler that pads would make eleven.
 EVERY = 4  # steps between two reports, planted; step 01 has steps enough for those that are there
 PARAMETERS = 827_688  # bytes of cnn's 206,922 float32
 LARGEST = 4 * (1568 * 128 + 128)  # of its layers, of which one is gathered at a time
@@ -38,7 +46,7 @@ def memory_lines(events):
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     ranks, parts = (1 if step == "01" else 3), (2 if step > "03" else 1)
-    images, steps, every = (1300, 108, 100) if step == "01" else (123, 10, EVERY)
+    images, steps, every = (1300, 108, 100) if step == "01" else (131, 10, EVERY)
     batch, folder, ending = 12 // ranks // parts, FOLDERS[step], "" if step == SHARDED else ".pt"
     tells = "        loss, correct, total = losses / count, int(right), int(count)\n"
     edits = [(tells, f"        assert not torch.is_grad_enabled()\n{tells}")]  # what a test must not pay for
@@ -165,3 +173,28 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     again = [event for event in again if event["event"] != "memory"]
     assert again == [begins, {"event": "end", "global_step": 2 * steps, "images_per_s": 0, "seconds": 0.0}]
     assert not [*(tmp_path / "s").glob(".*")]  # nothing unfinished, nor a mark of the ranks
+
+
+def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
+    """At two ranks: two bars would paint over each other."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    words = [*command("02", 2), "--num-samples=64", "--batch-size=8", "--epochs=2"]
+    with open(os.devnull) as nothing, open(tmp_path / "err", "w") as err:
+        job = forks.Job(words, tmp_path, environment(), [nothing.fileno(), end, err.fileno()])
+    shown, until = b"", time.monotonic() + 120
+    while job.poll() is None or select.select([terminal], [], [], 0.2)[0]:
+        assert time.monotonic() < until, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    os.close(end)
+    text = shown.decode()
+    print(repr(text), (tmp_path / "err").read_text())
+    assert job.returncode == 0
+    for epoch in (1, 2):
+        assert text.count(f"epoch {epoch}/2:   0%|") == 1
+    assert re.search(r"0/4 \[.* steps/s\]", text)
+    lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").splitlines()]
+    assert not [line for line in lines if "%|" in line]  # a line that stays is one that was said
+    assert re.fullmatch(r"done: 128 images in [\d.]+ s of training, [\d,]+ images/s", lines[-1])

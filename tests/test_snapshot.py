@@ -77,6 +77,15 @@ def test_the_newest_comes_back_and_three_are_kept(folder):
     assert torch.equal(loaded["model"]["w"], state(100_000_000)["model"]["w"])
 
 
+def test_the_newest_of_the_other_kind_counts(folder, capsys):
+    """Of two, one older and one newer than ours: going on without it would be a silent step back."""
+    for step in (25, 35):
+        (folder / f"snapshot-{step:08d}").mkdir()
+    assert f"{folder / 'snapshot-00000035'} is a sharded snapshot" in failure(capsys, flags(folder))
+    (folder / "snapshot-00000035").rmdir()
+    assert load_newest(folder)["global_step"] == 30
+
+
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
     assert load_newest(tmp_path) is None
     assert load_newest(tmp_path / "missing" / "folder") is None
@@ -333,8 +342,23 @@ def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch)
 
 def test_what_a_killed_write_left_is_swept_up(folder):
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
+    (folder / "deep").mkdir()
     snapshot.save(flags(folder), **state(40))
-    assert not list(folder.glob(".*"))
+    assert {path.name for path in folder.iterdir()} == {
+        "deep",
+        *(f"snapshot-000000{n}.pt" for n in (20, 30, 40)),
+    }
+
+
+def test_sweeping_leaves_three_sharded_ones_and_nothing_unfinished(sharded_folder):
+    (sharded_folder / ".snapshot-00000035.tmp").mkdir()
+    (sharded_folder / ".snapshot-00000035.tmp" / "__0_0.distcp").write_bytes(b"half")
+    (sharded_folder / ".snapshot-a-rank's-mark.tmp").touch()
+    (sharded_folder / "snapshot-00000050.pt").touch()  # is of another kind
+    save_sharded(sharded_folder, 40)
+    shards.sweep(sharded_folder)
+    names = {path.name for path in sharded_folder.iterdir()}
+    assert names == {"snapshot-00000050.pt", *(f"snapshot-000000{n}" for n in (20, 30, 40))}
 
 
 def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch):
@@ -355,6 +379,15 @@ def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch):
     snapshot.save(flags(folder), **state(40))
     size = (folder / "snapshot-00000040.pt").stat().st_size
     assert done == [f"{size} bytes", "name", "folder"]
+
+
+def test_the_name_of_a_sharded_one_reaches_the_disk(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor))
+    )
+    save_sharded(tmp_path, 10)
+    assert synced[-1] == tmp_path.stat().st_ino
 
 
 def test_a_folder_that_cannot_be_synced_stops_nothing(folder, monkeypatch):
