@@ -44,7 +44,7 @@ class Control:
         earlier = timedelta(seconds=seconds - min(30, seconds / 2))
         self.group: Any = dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None
         if self.group:  # or one that has nothing left to do could leave while others still connect to it
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.group)  # type: ignore[arg-type]
         self.launcher, self.clock, self.step, self.next = os.getppid(), time.perf_counter(), 0, 0
         self.vote: Any = None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,10 +82,9 @@ def arrange_buckets(trainer: Any) -> None:
     """A backward pass that trains nothing: DDP arranges its buckets after the first one, for good.
 
     Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
-    first step is another, would differ in the last bit. In eval mode, to draw no random numbers.
+    first step is another, would differ in the last bit. This draws no random numbers, and starts no workers.
     """
-    alone = {"num_workers": 0, "persistent_workers": False}  # workers that import torch take seconds to start
-    batch = next(iter(DataLoader(trainer.train_data, 2, **trainer.fast | alone)))
+    batch = next(iter(DataLoader(trainer.train_data, 2, collate_fn=tuple, generator=torch.Generator())))
     trainer.model.eval()
     with torch.compiler.set_stance("force_eager"), trainer.autocast:
         trainer.loss(*(tensor.to(trainer.device) for tensor in batch)).backward()

@@ -258,7 +258,8 @@ def test_activation_checkpointing_keeps_less(alone):
 def test_nothing_stays_gathered_after_a_test(tmp_path, flag):
     """Backward would free it, and no backward pass follows."""
     sums = "        dist.all_reduce(totals)\n"
-    looks = "        print('whole', sum(not hasattr(p, 'to_local') for p in self.model.parameters()))\n"
+    looks = "        whole = [p for p in self.model.parameters() if not hasattr(p, 'to_local')]\n"
+    looks += "        self.report.say(f'whole {len(whole)}', self.rank)\n"
     root = planted(tmp_path / "root", STEP, (sums, looks + sums))
     flags = ["--num-samples=24", "--batch-size=12", "--epochs=1", *flag.split()]
     run = train(STEP, 2, tmp_path, *flags, root=root)
@@ -277,7 +278,8 @@ REDUCED = {
 def test_gradients_are_reduced_once_in_a_step(tmp_path, step):
     """With --accumulate the network would carry each micro-batch's, otherwise; the sums would be the same."""
     adds = "            total += loss.detach()\n"
-    looks = f"            model = self.model; print(f'part {{i}} reduced', {REDUCED[step]}, flush=True)\n"
+    looks = f"            model = self.model\n            done = {REDUCED[step]}\n"
+    looks += "            self.report.say(f'part {i} reduced {done}', self.rank)\n"
     root = planted(tmp_path / "root", step, (adds, looks + adds))
     flags = ["--num-samples=72", "--batch-size=12", "--accumulate=3", "--epochs=1"]
     run = train(step, 2, tmp_path, *flags, root=root)
@@ -485,7 +487,7 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
 
 FULL = """
 import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # of a file: less than a snapshot has
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # of a file: less than a snapshot has
 sys.argv.pop(0)
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
