@@ -51,7 +51,7 @@ class Trainer:
     def __init__(self, args, device, model, optimizer, train_data, test_data):
         self.args, self.device = args, device
         self.model, self.optimizer = model, optimizer
-        self.ddp_model = DDP(model, device_ids=[device] if device.type != "cpu" else None)
+        self.ddp_model = DDP(model)  # sends rank 0's weights to all
         self.train_data, self.test_data = train_data, test_data
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)

@@ -1,0 +1,71 @@
+"""What the scripts would ask of a GPU, seen on a machine that has none; test_gpu.py is for one that has."""
+
+import json
+import re
+
+import pytest
+from helpers import FOLDERS, GROWN, command, finish, planted, start
+
+FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=1", "--use-gpu=0"]
+GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
+CHOOSES = "torch.accelerator.set_device_index(device)"
+
+# Writes down which of torch's functions a train.py calls, and in which type layers compute. It replaces none.
+ASKED = """
+class Asked(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), keywords=None):
+        keywords = keywords or {}
+        result = function(*args, **keywords)
+        caller, name = sys._getframe(1).f_code, getattr(function, "__name__", "")
+        computes = {"conv2d": result, "linear": result, "batch_norm": keywords.get("weight")}.get(name)
+        if computes is not None or caller.co_filename.endswith("train.py"):
+            words = {word: str(value) for word, value in keywords.items()}
+            row = [caller.co_qualname, name, words, str(getattr(computes, "dtype", ""))]
+            with open(f"asked-{os.getpid()}", "a") as file:
+                print(json.dumps(row), file=file)
+        return result
+
+
+class Reporter:
+"""
+KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "batch_norm")]  # like its averages
+BEGINS = "        self.args, self.device = args, device\n"
+RELU = "*(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU()"
+NORMED = (RELU, RELU.replace("nn.ReLU()", "nn.Sequential(nn.BatchNorm2d(32), nn.ReLU())"))
+
+
+@pytest.mark.parametrize("step", GROWN)
+def test_a_rank_takes_its_own_gpu_before_anything_else(tmp_path, step):
+    """Here there is none, and torch says so at the first line that wants one: which line that is counts."""
+    root = planted(tmp_path / "root", "common/options.py", GPU, steps=(step,))
+    words = [*command(step, 2, root), *FLAGS]
+    status, _, err = finish(start(words, tmp_path))
+    print(err)
+    assert status == 1 and re.search(rf"in worker\n *{re.escape(CHOOSES)}", err)
+
+    # And the next line that wants one binds the process group to the same.
+    planted(root, step, (CHOOSES, "pass"))
+    status, _, err = finish(start(words, tmp_path))
+    print(err)
+    assert status == 1 and re.search(r"device_id cuda:[01] is out of range", err)  # either rank may be first
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
+    edits = [("class Reporter:\n", ASKED.lstrip()), (BEGINS, f"{BEGINS}        Asked().__enter__()\n")]
+    root = planted(tmp_path / "root", "common/reporting.py", *edits, steps=(step,))
+    planted(root, "common/models.py", NORMED)
+    ranks = 1 if step == "01" else 2
+    status, out, err = finish(start([*command(step, ranks, root), *FLAGS, "--precision=bf16"], tmp_path))
+    print(out, err)
+    assert status == 0
+    files = [*tmp_path.glob("asked-*")]
+    assert len(files) == ranks
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        print(*rows, sep="\n")
+        copies = [words for scope, name, words, _ in rows if name == "to" and "run_batch" in scope]
+        assert copies == [{"non_blocking": "True"}] * (24 // 4 // ranks) * 2  # images, and labels
+        assert [words["device"] for _, name, words, _ in rows if name == "zeros"] == ["cpu"]
+        types = {name: {of for _, other, _, of in rows if other == name and of} for *_, name in KEPT}
+        assert types == {name: {f"torch.{of}"} for of, name in KEPT}
