@@ -5,6 +5,7 @@ Such a thread lets go of what it holds while Python ends, and now and then abort
 forks.REAL_END. `make test` leaves once in each way, EXITS=50 in the environment fifty times.
 """
 
+import json
 import os
 import re
 import signal
@@ -189,3 +190,53 @@ def test_a_rank_goes_on_when_all_have_connected(tmp_path):
     print(out, err[-2000:])
     assert status == 0 and len([*tmp_path.glob("rank-*-goes-on")]) == 3
     assert out == "gone on:\n"
+
+
+VOTES = """
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import torch.distributed as dist
+from common.ranks import Control
+
+dist.init_process_group("gloo")
+rank, clock, begun = dist.get_rank(), 0.0, {}
+time.perf_counter = lambda: clock  # or a busy machine would decide how long a step takes
+for took in (0.0, 0.001, 0.03, 0.06, 0.25):
+    control, begun[took] = Control(), []
+    for step in range(1, 14):
+        clock += took if rank == 1 else 0.0  # the others have to wait for it in any case
+        if control.asked_to_stop():
+            begun[took].append("stop")
+        if control.vote:
+            begun[took].append(step)
+control, stops = Control(), []
+for step in range(1, 8):
+    clock += 0.06
+    if step == 3 and rank > 0:
+        os.kill(os.getpid(), signal.SIGINT if rank == 1 else signal.SIGTERM)
+    stops.append(control.asked_to_stop())
+    if stops[-1]:
+        break
+Path(f"rank-{rank}.json").write_text(json.dumps([begun, stops, control.vote is None]))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_votes_are_a_tenth_of_a_second_or_five_steps_apart(tmp_path):
+    """By the slowest rank's clock, and in the same steps on all; the next step knows how a vote has ended."""
+    root = planted(tmp_path / "root", "common/ranks.py", steps=("03",))
+    (root / "votes.py").write_text(VOTES)
+    status, out, err = finish(start([*command("03", 3)[:-1], str(root / "votes.py")], tmp_path))
+    print(out, err[-2000:])
+    assert status == 0
+    fast, slow = [1, 6, 11], [*range(1, 14)]
+    begun = {"0.0": fast, "0.001": fast, "0.03": [1, 4, 7, 10, 13], "0.06": slow, "0.25": slow}
+    for rank in range(3):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert found == [begun, [0, 0, 0, signal.SIGTERM], True]

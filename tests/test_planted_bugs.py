@@ -103,3 +103,23 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     difference = abs(loss - run.test["loss"])
     print(f"test loss of the run {run.test['loss']:.6f}, of what it saved {loss:.6f}, with the bug: {bug}")
     assert (difference > 1e-6) if bug else (difference < 1e-10)
+
+
+ARRANGES = "        arrange_buckets(self)  # now, or a resumed run would add gradients in another order\n"
+BEFORE_AND_AFTER = f"""
+        import copy
+
+        weights, numbers = copy.deepcopy(self.model.state_dict()), torch.get_rng_state()
+{ARRANGES}
+        assert [weight.grad for weight in self.model.parameters()] == [None] * 10
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in self.model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), numbers)
+"""
+
+
+@pytest.mark.parametrize("step", ["02", "03", "04"])
+def test_the_pass_that_arranges_buckets_changes_nothing(tmp_path, step):
+    """No gradient, no average of batch norm, no random number: what comes then is as if it had not been."""
+    root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
+    planted(root, step, (ARRANGES, BEFORE_AND_AFTER))
+    train(step, 2, tmp_path / "run", "--num-samples=64", "--epochs=1", "--batch-size=16", root=root)
