@@ -162,7 +162,7 @@ def main(args, device):
 
 def spawn(args):
     # The ranks find each other here. The parent outlives them all; port 0 is any free one.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
     join(mp.spawn(worker, args=(store.port, args), nprocs=args.world_size, join=False))
 
 

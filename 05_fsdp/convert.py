@@ -24,7 +24,7 @@ from common import snapshot
 from common.models import build_model
 from common.options import OneLineParser, fail
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what `no_dist` asks for
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be: one process
 
 
 def parameter_names(state):
@@ -39,7 +39,7 @@ def gather(state):
     saved = state["metadata"].state_dict_metadata
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in saved.items()}
     with sharded.reader(state) as reader:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp.load(tensors, storage_reader=reader)
     numbers = {name: number for number, name in enumerate(parameter_names(state))}
     own = ("checksum", "checksums", "metadata", "param_groups", "path")
     plain = {key: value for key, value in state.items() if key not in own}
@@ -63,7 +63,7 @@ def scatter(folder, state):
     unfinished = sharded.unfinished(folder, state["global_step"])
     if unfinished.exists():
         shutil.rmtree(unfinished)
-    dcp.save(shards, checkpoint_id=unfinished, no_dist=True)
+    dcp.save(shards, checkpoint_id=unfinished)
     rest = {key: value for key, value in state.items() if key not in (*shards, "checksum")}
     sharded.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
 

@@ -31,14 +31,14 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(2))
         time.sleep(10)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def warn(message: str) -> None:
     """Print `warning: message`, on local rank 0 only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {message}", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -130,7 +130,7 @@ def disk_mates(folder: Path) -> list[int]:
     dist.all_gather_object(marks, mark.name)
     mates = [rank for rank, name in enumerate(marks) if (folder / name).exists()]
     dist.barrier()  # marks stay, and nobody saves, until all have looked
-    mark.unlink(missing_ok=True)
+    mark.unlink()
     return mates
 
 

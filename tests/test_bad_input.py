@@ -95,6 +95,7 @@ FLAGS = {
     "--vit-depth=0": WHOLE,
     "--save-every=0": WHOLE,
     "--save-every=often": WHOLE,
+    "--epoch=1": "unrecognized arguments: --epoch=1",
     "--use-gpu=2": "--use-gpu: invalid choice: 2",
     "--use-gpu=yes": "--use-gpu: invalid int value: 'yes'",
     "--model=gpt": "--model: invalid choice: 'gpt'",

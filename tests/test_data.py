@@ -1,5 +1,6 @@
 """The data set: read right, downloaded once, and honest about what it is when there is no network."""
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -271,3 +272,10 @@ def test_synthetic_sizes():
     assert changed.checksum() != train.checksum()
     assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1
     assert mnist.FALLBACK == len(range(8, mnist.FILES["train-labels-idx1-ubyte"]))  # as many as MNIST has
+
+
+def test_workers_stay_for_the_next_epoch():
+    """Even a single one; without any there is nothing that could stay, and torch would refuse it."""
+    device = torch.device("cpu")
+    kept = [mnist.fast(argparse.Namespace(num_workers=n), device)["persistent_workers"] for n in (0, 1, 2)]
+    assert kept == [False, True, True]

@@ -455,6 +455,14 @@ def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
     assert [first[key] for key in rest] == [second[key] for key in rest]
 
 
+def test_converting_tells_how(tmp_path):
+    words = [sys.executable, str(SCRIPT.parent / "convert.py"), "--help"]
+    status, out, err = finish(start(words, tmp_path, COLUMNS="200"))
+    assert status == 0 and err == ""
+    assert load(SCRIPT.with_name("convert.py")).__doc__.strip() in out  # as it stands there, line by line
+    assert "snapshot    snapshot-….pt, or a folder snapshot-…" in out
+
+
 def test_converting_an_old_one_leaves_the_newer_ones(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
     before = snapshot.snapshots(folder, sharded=True)
@@ -474,10 +482,18 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
     path = snapshot.snapshots(folder, sharded=True)[0]
     (folder / "snapshot-00000001.pt").write_bytes(b"half")
     (folder / f"{path.name}.pt").touch()
+    for model, name in (("gpt", "snapshot-00000050"), ("resnet18", "snapshot-00000051")):
+        state, _ = snapshot.read(shutil.copytree(path, folder / name) / "state.pt")
+        state["flags"]["model"] = model  # there is no gpt, and this resnet18 has no weight that is one's
+        snapshot.write(folder / name / "state.pt", {**state, "checksum": None})
     for given, said in {
         folder: f"{folder} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…",
         folder / "snapshot-00000077": "is no snapshot: give",
         folder / "snapshot-00000001.pt": "snapshot-00000001.pt is damaged (",
+        folder
+        / "snapshot-00000050": "snapshot-00000050 does not fit the model that it names (KeyError: 'gpt')",
+        folder
+        / "snapshot-00000051": "snapshot-00000051 does not fit the model that it names (KeyError: 'net.",
         path: f"{path}.pt is there already: delete it first",
     }.items():
         status, out, err = convert(given, tmp_path)

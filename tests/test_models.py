@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 
 from common.mnist import load_mnist
-from common.models import MODELS, Normalized, build_model
+from common.models import MODELS, Normalized, build_model, model_name
 from common.synthetic import synthetic_digits
 
 
@@ -51,6 +51,11 @@ def test_every_parameter_gets_a_gradient(name):
 def test_the_sizes_that_the_docstrings_give(name, count):
     assert sum(parameter.numel() for parameter in build(name).parameters()) == count
     assert f"{count:,}" in MODELS[name].__doc__
+
+
+def test_a_run_is_named_after_its_model_and_the_size_that_flags_choose():
+    assert [model_name(flags(name)) for name in MODELS] == ["cnn", "resnet18", "vit-64x4"]
+    assert model_name(flags("vit", vit_width=128, vit_depth=2)) == "vit-128x2"
 
 
 def test_only_what_sees_the_image_is_other_than_torchvisions():

@@ -3,11 +3,14 @@
 import re
 import shlex
 import sys
+import time
 
 import pytest
+import torch
 from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
-from common.options import make_parser
+from common import options
+from common.options import fail, make_parser, pick_device
 
 
 @pytest.mark.parametrize("step", GROWN)
@@ -159,3 +162,34 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
                 "metrics",
                 "world-size",
             )
+
+
+def test_who_is_alone_with_a_mistake_says_it_at_once(monkeypatch, capsys):
+    """Nobody comes to end it, so there is nothing to wait for."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as stopped:
+        fail("planted")
+    assert stopped.value.code == 2 and waited == []
+    assert capsys.readouterr().err == "error: planted\n"
+
+
+def test_a_gpu_for_each_process_or_none_starts(monkeypatch, capsys):
+    """With as many GPUs as are claimed here: what is chosen, not that it works."""
+    monkeypatch.setattr(options, "count_gpus", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    before = torch.get_float32_matmul_precision()
+    try:
+        with pytest.raises(SystemExit):
+            pick_device(None, 0, 3)
+        said = "error: 3 processes, but GPUs: 2; start as many, or add --use-gpu 0\n"
+        assert capsys.readouterr().err == said and torch.get_float32_matmul_precision() == before
+        if torch.accelerator.current_accelerator():  # what this torch is made for, with a GPU or without
+            assert [pick_device(None, rank, 2).index for rank in (0, 1)] == [0, 1]
+            assert pick_device(1, 0, 1).type == torch.accelerator.current_accelerator().type
+            assert torch.get_float32_matmul_precision() == "high"
+        assert pick_device(0, 1, 3) == torch.device("cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)

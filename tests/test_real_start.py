@@ -24,11 +24,13 @@ from helpers import (
     finish,
     largest_difference,
     last_saved,
+    pause,
     planted,
     ranks_of,
     start,
     train,
     wait_for_step,
+    wait_until,
 )
 
 SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
@@ -150,3 +152,19 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     status, out, err = finish(start(words, elsewhere, real=True))
     assert status == 0, err
     assert "done: 128 images" in out
+
+
+@pytest.mark.parametrize(("step", "flag"), [("01", ""), ("01", "--verbose"), ("05", "--verbose")])
+def test_what_a_run_says_can_be_read_at_once(tmp_path, step, flag):
+    """By whoever follows a file: nothing waits until a buffer is full. The run waits until it is read."""
+    root = planted(tmp_path / "root", step, pause(3, tmp_path / "read"))
+    flags = ["--num-samples=64", "--batch-size=16", "--epochs=1", "--save-every=2", "--use-gpu=0"]
+    words = [*command(step, 1, root), *flags, "--snapshot-dir=s", "--metrics=m", *filter(None, [flag])]
+    process = start(words, tmp_path, real=True, PYTHONUNBUFFERED="")
+    try:
+        process.wait_for(r"\[rank 0\] saved s/snapshot-00000002" if flag else "16 images a step", 60)
+        wait_until(lambda: '{"event": "start", ' in (tmp_path / "m").read_text(), "the metrics' first line")
+        (tmp_path / "read").touch()
+    finally:
+        status, _, _ = finish(process)
+    assert status == 0

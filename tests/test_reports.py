@@ -53,7 +53,14 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     edits += [] if step == "01" else [("LOG_EVERY = 100", f"LOG_EVERY = {EVERY}")]
     root = planted(tmp_path / "root", "common/reporting.py", *edits, steps=(step,))
     flags = [f"--num-samples={images}", f"--batch-size={batch}", "--epochs=2", "--lr=0.002", "--seed=5"]
-    flags += ["--save-every=9", "--use-gpu=0", "--verbose", "--metrics=deep/m", "--snapshot-dir=s"]
+    flags += [
+        "--save-every=9",
+        "--use-gpu=0",
+        "--precision=float32",
+        "--verbose",
+        "--metrics=deep/m",
+        "--snapshot-dir=s",
+    ]
     flags += [f"--accumulate={parts}"] if parts > 1 else []
     begun = time.monotonic()
     status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path))
@@ -99,6 +106,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     assert end["global_step"] == 2 * steps and end["images_per_s"] == pytest.approx(
         trained / end["seconds"], rel=0.01, abs=1
     )
+    assert end["seconds"] == round(end["seconds"], 3)
     # Rates are rounded to whole images a second, which is much of a slow one; the seconds to a thousandth.
     reported = [(12 * len(e["losses"]), e["images_per_s"]) for e in of_kind["train"]]
     least = sum(count / (rate + 0.5) for count, rate in reported)

@@ -5,6 +5,8 @@ import errno
 import os
 import pickle
 import random
+import re
+import resource
 import stat
 import zipfile
 import zlib
@@ -338,6 +340,30 @@ def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch)
     assert stopped.value.code == 2
     assert err.startswith("error: cannot write") and "No space left on device" in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_is_no_file_is_no_snapshot_and_what_is_gone_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "snapshot-00000010.pt").mkdir()
+    assert snapshot.read(tmp_path / "snapshot-00000010.pt") == ({}, "snapshot-00000010.pt is no file")
+    with pytest.raises(SystemExit):
+        snapshot.read(tmp_path / "gone.pt")
+    assert capsys.readouterr().err.startswith(f"error: cannot read {tmp_path / 'gone.pt'}: No such file or")
+
+
+def test_a_file_that_could_not_be_opened_is_told_by_its_own_reason(folder, capsys):
+    """Not by that of the half file, which is not there to be taken away."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # those that are open stay so
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            snapshot.write(folder / "snapshot-00000040.pt", state(40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_room_on_a_disk_that_is_gone_is_not_told(tmp_path):
+    assert re.fullmatch(r" \([\d.]+ MB are free\)", shards.free_on(tmp_path))
+    assert shards.free_on(tmp_path / "gone") == ""
 
 
 def test_what_a_killed_write_left_is_swept_up(folder):
