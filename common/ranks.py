@@ -86,7 +86,7 @@ def arrange_buckets(trainer: Any) -> None:
     """
     batch = next(iter(DataLoader(trainer.train_data, 2, collate_fn=tuple, generator=torch.Generator())))
     trainer.model.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), trainer.autocast:
         trainer.loss(*(tensor.to(trainer.device) for tensor in batch)).backward()
     trainer.optimizer.zero_grad()
 

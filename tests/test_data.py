@@ -91,7 +91,7 @@ def mirror(packed):
 
 # What a process does that starts on an empty data folder: torchvision's mirrors are the local server.
 PROCESS = """
-import json, sys
+import json, socket, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 import torchvision.datasets
@@ -112,7 +112,8 @@ class Lock(mnist.FileLock):
 mnist.FileLock = Lock
 print("begun", flush=True)
 train, test = mnist.load_mnist(Path(sys.argv[1]))
-print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, sep="|")
+left = socket.getdefaulttimeout()  # which is the whole process's
+print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback, left, sep="|")
 """
 
 
@@ -145,7 +146,7 @@ def test_three_processes_download_once(tmp_path, mirror, packed):
     print(dict(mirror.asked))
     assert [status for status, _, _ in results] == [0, 0, 0]
     assert len({out for _, out, _ in results}) == 1
-    assert results[0][1].startswith("mnist|60000|10000|")
+    assert results[0][1].startswith("mnist|60000|10000|") and results[0][1].endswith("||None\n")
     # Two requests a download: torchvision asks for redirects first.
     assert mirror.asked == {f"/{name}": 2 for name in packed}
     assert {path.name for path in (data_dir / "MNIST" / "raw").iterdir()} == {*mnist.FILES}
@@ -160,6 +161,7 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     print(dict(mirror.asked))
     assert sum(mirror.asked.values()) == 1  # one of them asked, and the others went by its answer
     for _, out, err in results:
+        assert out.endswith("|None\n")
         warning = err.splitlines()[-1]
         assert warning.startswith("warning: MNIST could not be downloaded (HTTP Error 503")
         assert "HTTP Error 503" in out  # and the data set carries it, for the last line of the run
@@ -169,6 +171,9 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     half.mkdir(parents=True, exist_ok=True)
     for name in mnist.FILES:
         (half / name).write_bytes(b"half")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"old")  # of four files, one: all are fetched
     [(status, out, _)] = at_once(1, tmp_path / "data", mirror, packed)
     assert status == 0 and "mnist|60000" in out
 

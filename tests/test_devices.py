@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import FOLDERS, GROWN, command, finish, planted, start
 
-FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=1", "--use-gpu=0"]
+FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=2", "--use-gpu=0"]
 GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
 CHOOSES = "torch.accelerator.set_device_index(device)"
 
@@ -65,7 +65,11 @@ def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         print(*rows, sep="\n")
         copies = [words for scope, name, words, _ in rows if name == "to" and "run_batch" in scope]
-        assert copies == [{"non_blocking": "True"}] * (24 // 4 // ranks) * 2  # images, and labels
-        assert [words["device"] for _, name, words, _ in rows if name == "zeros"] == ["cpu"]
+        steps = 24 // 4 // ranks
+        assert copies == [{"non_blocking": "True"}] * 2 * steps * 2  # images, and labels, of two epochs
+        assert [words["device"] for _, name, words, _ in rows if name == "zeros"] == ["cpu"] * 2
+        arranged = ["False"] if step in ("02", "03", "04") else []
+        trains = [words["training"] for _, name, words, _ in rows if name == "batch_norm"]
+        assert trains == arranged + (["True"] * steps + ["False"]) * 2
         types = {name: {of for _, other, _, of in rows if other == name and of} for *_, name in KEPT}
         assert types == {name: {f"torch.{of}"} for of, name in KEPT}
