@@ -1,6 +1,7 @@
 """The mistakes that distributed training scripts make most: each must turn the comparison red."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -123,3 +124,17 @@ def test_the_pass_that_arranges_buckets_changes_nothing(tmp_path, step):
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
     planted(root, step, (ARRANGES, BEFORE_AND_AFTER))
     train(step, 2, tmp_path / "run", "--num-samples=64", "--epochs=1", "--batch-size=16", root=root)
+
+
+@pytest.mark.parametrize("step", GROWN)
+def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
+    """In the middle of an epoch, when the ranks' averages differ: a snapshot has one for all of them."""
+    root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
+    flags = ["--num-samples=64", "--epochs=1", "--batch-size=8", "--save-every=2", "--precision=float64"]
+    whole = train(step, 2, tmp_path / "whole", *flags, root=root)
+    first = snapshots(whole.snapshot_dir, step == SHARDED)[-1]
+    assert first.stem == "snapshot-00000002"
+    (tmp_path / "resumed" / "snapshots").mkdir(parents=True)
+    shutil.move(first, tmp_path / "resumed" / "snapshots" / first.name)
+    resumed = train(step, 2, tmp_path / "resumed", *flags, root=root)
+    assert len(resumed.losses) == 2 and resumed.test["loss"] == whole.test["loss"]
