@@ -189,7 +189,7 @@ def finish(folder, state):
 def sweep(folder):
     """Delete all sharded snapshots but the newest three, and unfinished ones. Raises OSError."""
     for old in [*snapshot.snapshots(folder, True)[snapshot.KEEP :], *folder.glob(".snapshot-*.tmp")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def free_on(folder):

@@ -82,7 +82,7 @@ def save(args: argparse.Namespace, **state: Any) -> None:
     try:
         write(path, complete(args, state))
         for old in [*snapshots(path.parent)[KEEP:], *path.parent.glob(".snapshot-*.tmp")]:
-            old.unlink(missing_ok=True)
+            old.unlink()
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
     except TypeError as error:

@@ -268,6 +268,11 @@ def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ..
     return root
 
 
+RELU = "*(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU()"
+# An edit of common/models.py: the small model, too, has averages, which each rank computes of its own images.
+NORMED = (RELU, RELU.replace("nn.ReLU()", "nn.Sequential(nn.BatchNorm2d(32), nn.ReLU())"))
+
+
 def traced(root: Path) -> Path:
     """Let the data in `root` write down each batch that it hands out; `drawn` reads that."""
     draws = "return self[torch.tensor(indices, dtype=torch.int64)]"

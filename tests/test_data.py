@@ -282,5 +282,12 @@ def test_synthetic_sizes():
 def test_workers_stay_for_the_next_epoch():
     """Even a single one; without any there is nothing that could stay, and torch would refuse it."""
     device = torch.device("cpu")
-    kept = [mnist.fast(argparse.Namespace(num_workers=n), device)["persistent_workers"] for n in (0, 1, 2)]
-    assert kept == [False, True, True]
+    made = [mnist.fast(argparse.Namespace(num_workers=number), device) for number in (0, 1, 2)]
+    assert [how["persistent_workers"] for how in made] == [False, True, True]
+    assert [how["pin_memory"] for how in made] == [False] * 3
+
+
+def test_files_that_are_there_ask_for_no_lock(data_dir):
+    """Which could not be made on a disk that is only for reading."""
+    (data_dir / ".mnist-download-lock").mkdir()
+    assert mnist.load_mnist(data_dir)[0].name == "mnist"

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from helpers import FOLDERS, GROWN, command, finish, planted, start
+from helpers import FOLDERS, GROWN, NORMED, command, finish, planted, start
 
 FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=2", "--use-gpu=0"]
 GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
@@ -30,8 +30,6 @@ class Reporter:
 """
 KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "batch_norm")]  # like its averages
 BEGINS = "        self.args, self.device = args, device\n"
-RELU = "*(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU()"
-NORMED = (RELU, RELU.replace("nn.ReLU()", "nn.Sequential(nn.BatchNorm2d(32), nn.ReLU())"))
 
 
 @pytest.mark.parametrize("step", GROWN)

@@ -16,6 +16,7 @@ from helpers import (
     FOLDERS,
     GLOBAL_BATCH,
     GROWN,
+    NORMED,
     ROOT,
     after_a_step,
     command,
@@ -371,6 +372,31 @@ def test_what_is_saved_in_the_background_is_what_there_was(tmp_path):
     right, wrong = largest_difference(saved, step_2), largest_difference(saved, step_3)
     print(f"the snapshot of step 2 against the weights of step 2: {right} (0.0), of step 3: {wrong} (> 0)")
     assert right == 0.0 and wrong > 0
+
+
+def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path):
+    """The disk has room again by then; but whoever loses a snapshot must hear of it."""
+    fails = (
+        "                path = finish(self.folder, state)\n",
+        "                if state['global_step'] == 2:\n"
+        "                    raise OSError(28, 'planted')\n"
+        "                path = finish(self.folder, state)\n",
+    )
+    root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
+    flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
+    status, out, err = finish(start([*command(STEP, 2, root), *flags, "--snapshot-dir=s"], tmp_path))
+    print(out, err)
+    assert status == 1 and errors(err) == [f"error: cannot write to s: planted; {snapshot.REMEDY}"]
+    assert "done" not in out and not [*(tmp_path / "s").glob("snapshot-*")]
+
+
+def test_from_meta_the_averages_of_batch_norm_begin_as_they_should(tmp_path):
+    root = planted(tmp_path / "root", "common/models.py", NORMED, steps=(STEP,))
+    flags = ["--num-samples=96", "--batch-size=16", "--epochs=1", "--precision=float64"]
+    whole, meta = (
+        train(STEP, 3, tmp_path / f"run{flag}", *flags, *flag, root=root) for flag in ([], ["--meta-init"])
+    )
+    assert meta.test["loss"] == whole.test["loss"] and meta.losses.equal(whole.losses)
 
 
 @pytest.mark.parametrize("victim", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt"])

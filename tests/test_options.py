@@ -1,5 +1,6 @@
 """Flags: what they do on every step, and that errors and warnings come once."""
 
+import os
 import re
 import shlex
 import sys
@@ -193,3 +194,30 @@ def test_a_gpu_for_each_process_or_none_starts(monkeypatch, capsys):
         assert pick_device(0, 1, 3) == torch.device("cpu")
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    try:
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        for of_torchrun, given, threads in (
+            (None, 0, 3),
+            (None, 2, 4),
+            ("4", 0, 2),
+            ("16", 0, 1),
+            ("4", 2, 4),
+        ):
+            torch.set_num_threads(3)
+            if of_torchrun:
+                monkeypatch.setenv("LOCAL_WORLD_SIZE", of_torchrun)
+            pick_device(0, 0, given)
+            assert torch.get_num_threads() == threads  # alone, a process keeps what torch has chosen
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        pick_device(0, 0, 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

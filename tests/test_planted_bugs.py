@@ -12,6 +12,7 @@ from helpers import (
     FOLDERS,
     GLOBAL_BATCH,
     GROWN,
+    NORMED,
     PROOF,
     SHARDED,
     disagreements,
@@ -74,10 +75,6 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     found = disagreements(run, proof("01"))
     print(f"step {step}, {bug}: {found}, and must be found in {symptom}")
     assert symptom in found
-
-
-RELU = "*(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU()"
-NORMED = (RELU, RELU.replace("nn.ReLU()", "nn.BatchNorm2d(32), nn.ReLU()"))
 
 
 @pytest.mark.parametrize("bug", [False, True])
