@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it shou
 def parameter_names(state):
     """The names of the parameters, in the order in which an optimizer numbers them."""
     with torch.device("meta"):  # names and shapes, no memory
-        model = build_model(argparse.Namespace(**{**state["flags"], "compile": False}))
+        model = build_model(argparse.Namespace(**state["flags"]))
     return [name for name, _ in model.named_parameters()]
 
 

@@ -55,7 +55,7 @@ class Reporter:
         """Print a line, on rank 0."""
         if self.rank == rank:
             # Line end included in one write: ranks share the terminal, and print into each other's lines.
-            tqdm.write(f"{line}\n", file=sys.stdout, end="")
+            tqdm.write(f"{line}\n", end="")
             sys.stdout.flush()
 
     def detail(self, line: str) -> None:

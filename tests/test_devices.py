@@ -17,7 +17,8 @@ class Asked(torch.overrides.TorchFunctionMode):
         keywords = keywords or {}
         result = function(*args, **keywords)
         caller, name = sys._getframe(1).f_code, getattr(function, "__name__", "")
-        computes = {"conv2d": result, "linear": result, "batch_norm": keywords.get("weight")}.get(name)
+        found = {"batch_norm": keywords.get("weight")}
+        computes = found.get(name, result if name in ("conv2d", "linear", "cross_entropy") else None)
         if computes is not None or caller.co_filename.endswith("train.py"):
             words = {word: str(value) for word, value in keywords.items()}
             row = [caller.co_qualname, name, words, str(getattr(computes, "dtype", ""))]
@@ -28,7 +29,8 @@ class Asked(torch.overrides.TorchFunctionMode):
 
 class Reporter:
 """
-KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "batch_norm")]  # like its averages
+KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "cross_entropy")]
+KEPT += [("float32", "batch_norm")]  # of its weights, like its averages
 BEGINS = "        self.args, self.device = args, device\n"
 
 

@@ -107,6 +107,19 @@ def test_a_rank_leaves_nothing_behind(tmp_path, step, kind):
         assert all(map(has_ended, ranks)), story
 
 
+def test_a_rank_that_was_killed_is_told(tmp_path):
+    """A status of its own it has not. Under torchrun, the summary says it."""
+    root = planted(
+        tmp_path / "root",
+        "02",
+        on_rank_1("os.kill(os.getpid(), 9)"),
+        ("import sys\n", "import os\nimport sys\n"),
+    )
+    status, _, err = finish(start([*command("02", 3, root), "--num-samples=480", "--batch-size=8"], tmp_path))
+    print(err)
+    assert status == 1 and "process 1 terminated with signal SIGKILL" in err
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("planted"), SystemExit(143)], ids=["error", "exit"])
 def test_after_an_error_all_groups_end_at_once(error):
     """Not the default group alone: a stuck collective may be in another, and destroying that would wait."""

@@ -374,6 +374,34 @@ def test_what_is_saved_in_the_background_is_what_there_was(tmp_path):
     assert right == 0.0 and wrong > 0
 
 
+def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
+    """It ends the groups, over which the ranks tell each other that all shards are there."""
+    fails = (
+        "if self.global_step == 3: open('step 3 is done', 'w').close(); raise ZeroDivisionError('planted')"
+    )
+    root = planted(tmp_path / "root", STEP, ("\nclass Trainer:", SLOW_DISK), after_a_step(fails))
+    flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
+    status, _, err = finish(start([*command(STEP, 2, root), *flags, "--snapshot-dir=s"], tmp_path))
+    print(err)
+    assert status == 1 and "ZeroDivisionError: planted" in err
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["snapshot-00000002"]
+    assert sharded.read(tmp_path / "s" / "snapshot-00000002")[1] == ""
+
+
+def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
+    fails = (
+        "                path = finish(self.folder, state)\n",
+        "                raise OSError(28, 'planted')\n",
+    )
+    root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
+    planted(root, STEP, after_a_step("self.global_step == 2 and os.kill(os.getpid(), signal.SIGTERM)"))
+    flags = ["--num-samples=480", "--batch-size=4", "--epochs=1", "--use-gpu=0", "--snapshot-dir=s"]
+    status, out, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
+    print(out, err)
+    assert status == 1 and errors(err) == [f"error: cannot write to s: planted; {snapshot.REMEDY}"]
+    assert "SIGTERM" not in out and "done" not in out
+
+
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path):
     """The disk has room again by then; but whoever loses a snapshot must hear of it."""
     fails = (
