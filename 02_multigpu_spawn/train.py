@@ -33,7 +33,7 @@ def worker(rank, port, args):
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(
             backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
-            store=dist.TCPStore("127.0.0.1", port, is_master=False),  # a client of spawn's store
+            store=dist.TCPStore("127.0.0.1", port),  # a client of spawn's store
             rank=rank,
             world_size=args.world_size,
             timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30

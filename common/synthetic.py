@@ -53,7 +53,7 @@ def _draw(glyph: str, n: int, generator: torch.Generator) -> Tensor:
 
     strokes = []
     for stroke in glyph.split("/"):
-        points = torch.tensor([[float(x) for x in point] for point in stroke.split()], dtype=torch.float64)
+        points = torch.tensor([[float(x) for x in point] for point in stroke.split()])
         row = (points + uniform(-0.45, 0.45, *points.shape)).mT.unsqueeze(2)
         # Bicubic resizing of the control points, as an image one pixel high, is a smooth curve through them.
         curve = F.interpolate(row, (1, POINTS_PER_STROKE), mode="bicubic", align_corners=True)
@@ -79,7 +79,7 @@ def _ink(path: Tensor, pen: Tensor) -> Tensor:
     """Draw a Gaussian pen along each path: (n, strokes, points, 2) to (n, 28, 28), 1 on a straight line."""
     middle = ((path[:, :, 1:] + path[:, :, :-1]) / 2).flatten(1, 2)
     length = path.diff(dim=2).norm(dim=-1).flatten(1, 2).unsqueeze(-1)
-    pixel = torch.arange(SIDE, dtype=torch.float64) - (SIDE - 1) / 2
+    pixel = torch.arange(SIDE) - (SIDE - 1) / 2
     across, down = (torch.exp(-(((pixel - at.unsqueeze(-1)) / pen) ** 2) / 2) for at in middle.unbind(-1))
     # A 2-D Gaussian is an outer product of two 1-D ones, so summing along the path is a matrix product.
     return torch.bmm((down * length / (pen * math.sqrt(2 * math.pi))).mT, across)

@@ -11,7 +11,7 @@ import torch
 from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
 from common import options
-from common.options import fail, make_parser, pick_device
+from common.options import fail, make_parser, name_run, pick_device
 
 
 @pytest.mark.parametrize("step", GROWN)
@@ -221,3 +221,12 @@ def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_snapshots_have_a_place_of_their_own_unless_they_are_given_one():
+    parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
+    for words, place in (([], "checkpoints/01_single_gpu/cnn-mnist"), (["--snapshot-dir=here"], "here")):
+        args = parser.parse_args(words)
+        name_run(args, "cnn", "mnist", "why")
+        assert str(args.snapshot_dir) == place
+        assert (args.run, args.dataset, args.caveat, args.accumulate) == ("cnn-mnist", "mnist", "why", 1)

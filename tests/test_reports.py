@@ -58,7 +58,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         "--use-gpu=0",
         "--precision=float32",
         "--verbose",
-        "--metrics=deep/m",
+        "--metrics=deep/er/m",
         "--snapshot-dir=s",
     ]
     flags += [f"--accumulate={parts}"] if parts > 1 else []
@@ -68,7 +68,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     took = time.monotonic() - begun
     print(out, err)
     assert status == 0 and "error" not in err and "warning" not in err
-    events = [json.loads(line) for line in (tmp_path / "deep" / "m").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "deep" / "er" / "m").read_text().splitlines()]
     of_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "memory")}
 
     # What it was asked for, in the first event.
@@ -78,7 +78,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     said |= {"model": "cnn", "precision": "float32", "compile": False, "use_gpu": 0, "accumulate": parts}
     said |= {"num_samples": images, "num_workers": 0, "run": f"cnn-{data}", "dataset": data, "caveat": ""}
     said |= {"step": folder, "vit_width": 64, "vit_depth": 4}
-    paths = {"data_dir": "data", "snapshot_dir": "s", "metrics": "deep/m"}
+    paths = {"data_dir": "data", "snapshot_dir": "s", "metrics": "deep/er/m"}
     here = {"event": "start", "world_size": ranks, "device": "cpu", "train_samples": images}
     assert {**said, **paths, **here}.items() <= begins.items()
 
@@ -180,7 +180,9 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     assert status == 0
     assert f"resumed from s: epoch 2, step {2 * steps}" in out.splitlines()
     assert out.splitlines()[-1] == "nothing left to train: raise --epochs, or delete s to start afresh"
-    again = [json.loads(line) for line in (tmp_path / "deep" / "m").read_text().splitlines()][len(events) :]
+    again = [json.loads(line) for line in (tmp_path / "deep" / "er" / "m").read_text().splitlines()][
+        len(events) :
+    ]
     again = [event for event in again if event["event"] != "memory"]
     assert again == [begins, {"event": "end", "global_step": 2 * steps, "images_per_s": 0, "seconds": 0.0}]
     assert not [*(tmp_path / "s").glob(".*")]  # nothing unfinished, nor a mark of the ranks
