@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import forks
@@ -253,3 +254,35 @@ def test_votes_are_a_tenth_of_a_second_or_five_steps_apart(tmp_path):
     for rank in range(3):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert found == [begun, [0, 0, 0, signal.SIGTERM], True]
+
+
+LOST = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import torch.distributed as dist
+from common.ranks import Control, let_go
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+Control.signal = int(sys.argv[1])
+try:
+    raise RuntimeError(sys.argv[2])
+finally:
+    let_go()
+"""
+
+
+def test_a_connection_lost_after_a_signal_is_the_signals_doing(tmp_path):
+    """The others have left for the same signal. Without one, or for another reason, the error is told."""
+    root = planted(tmp_path, "common/ranks.py")
+    (root / "lost.py").write_text(LOST)
+    lost = "Connection closed by peer"
+    cases = [("15", lost, 143), ("2", lost, 130), ("0", lost, 1), ("15", "planted", 1)]
+    words = [sys.executable, str(root / "lost.py")]
+    started = [start([*words, number, text], tmp_path) for number, text, _ in cases]
+    for process, (_, text, expected) in zip(started, cases, strict=True):
+        status, _, err = finish(process)
+        print(process.story)
+        assert status == expected
+        told = re.search(rf"RuntimeError: {text}\n(\[rank0\]: )?Seen by rank 0 on ", err)
+        assert bool(told) == (status == 1)

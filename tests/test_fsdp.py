@@ -189,6 +189,22 @@ FLAGS = {
 }
 
 
+def test_on_a_gpu_the_allocators_peak_stands_beside_the_table():
+    """It is 0 where there is no GPU; that it agrees with the table, test_gpu.py shows."""
+    model, said, written = torch.nn.Linear(3, 5), [], {}
+    report = argparse.Namespace(say=said.append, write=lambda event, **values: written.update(values))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        memory = load(SCRIPT.with_name("memory.py")).MemoryReport
+        memory(model, torch.optim.AdamW(model.parameters()), torch.device("cuda"), report).table("now")
+    finally:
+        dist.destroy_process_group()
+    print(*said, sep="\n")
+    names = ["now", "parameters", "gradients", "optimizer", "gathered", "peak", "allocator"]
+    assert said[0].split() == names and said[1].split()[-2:] == ["0.00", "MB"]
+    assert written == {"moment": "now", "ranks": [[80, 0, 0, 0, 80, 0]], "ddp": [80, 0, 0]}
+
+
 GATHERED = {"as usual": {}, "kept": {"no_reshard": True}, "bf16": {"precision": "bf16"}}
 
 
@@ -489,6 +505,7 @@ def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
     copy = shutil.copytree(path, tmp_path / "a" / path.name)
     assert convert(copy, tmp_path) == (0, f"wrote {copy}.pt\n", "")
     first = newest(tmp_path / "a")
+    assert {tensor.dtype for tensor in first["model"].values()} == {torch.float64}  # as it was trained
     names = {path.name for path in copy.iterdir()}
     shutil.rmtree(copy)
     left = sharded.unfinished(copy.parent, first["global_step"])  # by a convert.py that was killed

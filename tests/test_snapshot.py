@@ -362,6 +362,13 @@ def test_a_file_that_could_not_be_opened_is_told_by_its_own_reason(folder, capsy
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_shards_checksum_is_the_crc_32_of_its_bytes(tmp_path):
+    (tmp_path / "shard").write_bytes(
+        content := random.Random(0).randbytes(2**24 + 1)
+    )  # more than is read at once
+    assert shards.checksum(tmp_path / "shard") == zlib.crc32(content)
+
+
 def test_the_room_on_a_disk_that_is_gone_is_not_told(tmp_path):
     assert re.fullmatch(r" \([\d.]+ MB are free\)", shards.free_on(tmp_path))
     assert shards.free_on(tmp_path / "gone") == ""
