@@ -226,7 +226,7 @@ class Saver:
                 path = finish(self.folder, state)
                 sweep(self.folder)
                 if self.args.verbose:
-                    print(f"[rank 0] saved {path}", flush=True)
+                    print(f"[rank 0] saved {path}")
         except dcp.CheckpointException as error:  # the same on all ranks
             what = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
             problem = [f"{what}{free_on(self.folder)}; {snapshot.REMEDY}"]

@@ -418,20 +418,47 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     assert "SIGTERM" not in out and "done" not in out
 
 
-def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path):
-    """The disk has room again by then; but whoever loses a snapshot must hear of it."""
-    fails = (
-        "                path = finish(self.folder, state)\n",
-        "                if state['global_step'] == 2:\n"
-        "                    raise OSError(28, 'planted')\n"
-        "                path = finish(self.folder, state)\n",
-    )
-    root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [("OSError(28, 'planted')", f"planted; {snapshot.REMEDY}"), ("ValueError('planted')", "planted")],
+)
+def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
+    """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
+    finishes = "                path = finish(self.folder, state)\n"
+    fails = f"                if state['global_step'] == 2:\n                    raise {error}\n"
+    root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
     status, out, err = finish(start([*command(STEP, 2, root), *flags, "--snapshot-dir=s"], tmp_path))
     print(out, err)
-    assert status == 1 and errors(err) == [f"error: cannot write to s: planted; {snapshot.REMEDY}"]
+    assert status == 1 and errors(err) == [f"error: cannot write to s: {said}"]
+    assert err.count("exitcode  : 2 ") == 2
     assert "done" not in out and not [*(tmp_path / "s").glob("snapshot-*")]
+
+
+def test_shards_of_another_model_are_not_loaded(tmp_path):
+    """The code has changed, and the name that the flags give to the run has not."""
+    flags = ["--num-samples=96", "--batch-size=12", "--epochs=1"]
+    train(STEP, 2, tmp_path, *flags)
+    narrower = [
+        ("nn.Linear(32 * 7 * 7, 128)", "nn.Linear(32 * 7 * 7, 64)"),
+        ("nn.Linear(128, 10)", "nn.Linear(64, 10)"),
+    ]
+    root = planted(tmp_path / "root", "common/models.py", *narrower, steps=(STEP,))
+    words = [*command(STEP, 2, root), *flags, "--epochs=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
+    status, out, err = finish(start(words, tmp_path))
+    print(out, err)
+    (line,) = errors(err)
+    assert status == 1 and line.startswith("error: snapshots/snapshot-00000004 cannot be loaded: ")
+    assert line.endswith("; delete it to go on from the one before") and "Size mismatch" in line.replace(
+        "size", "Size"
+    )
+
+
+def test_with_as_many_replicas_as_ranks_each_rank_holds_all(tmp_path):
+    flags = ["--num-samples=24", "--batch-size=12", "--epochs=1", "--model=vit", "--vit-depth=1"]
+    run = train(STEP, 2, tmp_path, *flags, "--replicas=2")
+    report = [event for event in run.events if event["event"] == "memory"][-1]
+    assert [row[:3] for row in report["ranks"]] == [report["ddp"]] * 2
 
 
 def test_from_meta_the_averages_of_batch_norm_begin_as_they_should(tmp_path):

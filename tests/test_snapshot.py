@@ -327,6 +327,13 @@ def test_another_format_stops_with_both_values(folder, capsys, monkeypatch):
     assert "format 2, this run has format 3" in failure(capsys, flags(folder))
 
 
+def test_a_sharded_one_of_another_format_is_told_by_that_and_not_by_what_it_lacks(tmp_path, capsys):
+    (tmp_path / "snapshot-00000010").mkdir()
+    snapshot.write(tmp_path / "snapshot-00000010" / "state.pt", {"format": 3, "run": "cnn-mnist"})
+    both = "was made with format 3, this run has format 2: use the same, or another --snapshot-dir"
+    assert failure(capsys, flags(tmp_path), sharded=True).endswith(both)
+
+
 def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
