@@ -532,12 +532,14 @@ INTRODUCTION = """# Which lines the tests guard
 `make mutants` takes out one place of the code after another, or turns it around, and runs the tests that come
 to it until one fails ([tests/mutants.py](../tests/mutants.py) says which places, and how). It has written
 this page; [tests/mutants.jsonl](../tests/mutants.jsonl) names for each mutant the test that catches it.
+Known are those that were tried, and those that [harmless.toml](../tests/harmless.toml) excuses: most of these
+were not tried. Neither they nor the unknown ones count as caught.
 """
 
 
 def report(everything: list[Mutant], results: dict[tuple[Any, ...], str]) -> str:
     """The page: of each file how many mutants there are, tried and caught; which tests; what survives."""
-    rows = ["| file | mutants | tried | caught | |", "|---|---:|---:|---:|---:|"]
+    rows = ["| file | mutants | known | caught | |", "|---|---:|---:|---:|---:|"]
     groups = {file: [mutant for mutant in everything if mutant.file == file] for file in (*PYTHON, *SHELL)}
     for kind in dict.fromkeys(mutant.kind for mutant in everything):
         groups[f"kind: {kind}"] = [mutant for mutant in everything if mutant.kind == kind]

@@ -370,9 +370,8 @@ def test_a_file_that_could_not_be_opened_is_told_by_its_own_reason(folder, capsy
 
 
 def test_a_shards_checksum_is_the_crc_32_of_its_bytes(tmp_path):
-    (tmp_path / "shard").write_bytes(
-        content := random.Random(0).randbytes(2**24 + 1)
-    )  # more than is read at once
+    content = random.Random(0).randbytes(2**24 + 1)  # more than is read at once
+    (tmp_path / "shard").write_bytes(content)
     assert shards.checksum(tmp_path / "shard") == zlib.crc32(content)
 
 
