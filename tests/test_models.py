@@ -53,6 +53,14 @@ def test_the_sizes_that_the_docstrings_give(name, count):
     assert f"{count:,}" in MODELS[name].__doc__
 
 
+def test_the_cnns_convolutions_keep_the_size_of_an_image_and_each_pooling_halves_it():
+    image, sizes = torch.zeros(1, 1, 28, 28), []
+    for layer in build("cnn").net[:6]:
+        image = layer(image)
+        sizes.append(tuple(image.shape[1:]))
+    assert sizes == [*2 * [(16, 28, 28)], (16, 14, 14), *2 * [(32, 14, 14)], (32, 7, 7)]
+
+
 def test_a_run_is_named_after_its_model_and_the_size_that_flags_choose():
     assert [model_name(flags(name)) for name in MODELS] == ["cnn", "resnet18", "vit-64x4"]
     assert model_name(flags("vit", vit_width=128, vit_depth=2)) == "vit-128x2"
