@@ -145,9 +145,10 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
         status = process.process.wait(timeout)
     except subprocess.TimeoutExpired:
         show_stacks(process)
+        states = "\n".join(map(state, [process.pid, *children(process.pid)]))
         kill([*children(process.pid), process.pid])
         process.process.wait(30)
-        raise AssertionError(f"it hung: no end within {timeout} s\n{process.story}") from None
+        raise AssertionError(f"it hung: no end within {timeout} s\n{states}\n{process.story}") from None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -160,6 +161,17 @@ def show_stacks(process: Started) -> None:
         for pid in [process.pid, *children(process.pid)]:  # one by one, or they print into each other's lines
             kill([pid], forks.STACKS)
             time.sleep(0.3)  # nothing says how many threads there are, and the test has failed anyway
+
+
+def state(pid: int) -> str:
+    """What Linux says a process does: D waits for a disk and hears no signal, Z has ended unnoticed."""
+    said = [f"process {pid}"]
+    with contextlib.suppress(OSError):  # it has just ended, or this is not Linux
+        names = ("Name", "State", "PPid", "Threads", "SigPnd", "ShdPnd", "SigBlk")
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        said += [" ".join(line.split()) for line in lines if line.partition(":")[0] in names]
+        said += [f"in the kernel: {Path(f'/proc/{pid}/wchan').read_text()}"]
+    return ", ".join(said)
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
