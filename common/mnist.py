@@ -124,8 +124,7 @@ def download(data_dir: Path, raw: Path) -> str:
     try:
         if all((raw / name).exists() for name in FILES):
             return ""
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / ".mnist-download-lock"):
+        with FileLock(data_dir / ".mnist-download-lock"):  # makes the folder, too
             if all((raw / name).exists() for name in FILES):
                 return ""
             # Somebody tried while this process waited for the lock: all of them go by the same answer.

@@ -457,7 +457,10 @@ def reason(mutant: Mutant) -> str:
 
 
 def excuses(entry: dict[str, str], mutant: Mutant) -> bool:
-    parts = (("file", mutant.file), ("kind", mutant.kind), ("scope", mutant.scope), ("was", mutant.was))
+    parts = (
+        *(("file", mutant.file), ("kind", mutant.kind), ("scope", mutant.scope), ("was", mutant.was)),
+        ("number", str(mutant.number)),
+    )
     return all(re.fullmatch(entry[name], text) for name, text in parts if name in entry)
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
 import json
+import socket
 import struct
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from helpers import ROOT, finish, start
 from torch.utils.data import DataLoader
 
@@ -178,6 +181,25 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     assert status == 0 and "mnist|60000" in out
 
 
+def test_a_mirror_that_says_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "setdefaulttimeout", functools.partial(in_a_hurry, socket.setdefaulttimeout))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
+        # Without a time-out, whoever waits is ended by this.
+        end = threading.Timer(20, silent.shutdown, [socket.SHUT_RDWR])
+        end.start()
+        try:
+            assert "timed out" in mnist.fetch(tmp_path, tmp_path / "raw")
+        finally:
+            end.cancel()
+    assert socket.getdefaulttimeout() is None
+
+
+def in_a_hurry(set_timeout, seconds):
+    set_timeout(seconds and seconds / 20)
+
+
 def test_an_unusable_folder_gives_every_process_the_same_line(tmp_path, mirror, packed):
     (tmp_path / "data").write_text("a file")
     results = at_once(3, tmp_path / "data", mirror, packed, until="begun")  # they never come to the lock
@@ -203,7 +225,7 @@ runpy.run_path({str(ROOT / "01_single_gpu" / "train.py")!r}, run_name="__main__"
     assert status == 0
     assert "01_single_gpu: cnn on synthetic-640" in out
     first, last = err.splitlines()[0], err.splitlines()[-1]
-    assert first == last
+    assert first == last and err.count(first) == 2
     assert first.startswith("warning: MNIST could not be downloaded (") and "Connection refused" in first
 
 

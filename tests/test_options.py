@@ -1,5 +1,6 @@
 """Flags: what they do on every step, and that errors and warnings come once."""
 
+import ast
 import os
 import re
 import shlex
@@ -137,6 +138,7 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
     status, out, err = finish(start([*command(step, 1), "--help"], tmp_path, COLUMNS="200"))
     assert status == 0, err
     print(out)
+    assert ast.get_docstring(ast.parse((ROOT / FOLDERS[step] / "train.py").read_text())) in out
     shown = {
         name: (takes, text)
         for name, takes, text in re.findall(r"^  --(\S+)(?: (\S+))?\s{2,}(\S.*)$", out, re.MULTILINE)
@@ -213,7 +215,7 @@ def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
             torch.set_num_threads(3)
             if of_torchrun:
                 monkeypatch.setenv("LOCAL_WORLD_SIZE", of_torchrun)
-            pick_device(0, 0, given)
+            pick_device(0, 0, given) if given else pick_device(0, 0)
             assert torch.get_num_threads() == threads  # alone, a process keeps what torch has chosen
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")

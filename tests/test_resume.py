@@ -240,8 +240,14 @@ def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
 
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
+    """Neither as the run before has begun, nor alike on two ranks."""
+    root = planted(tmp_path / "root", "common/models.py", *DROPOUT, steps=(step,))
+    flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 3}", "--verbose"]
+    train(step, 3, tmp_path / "fresh", *flags, "--epochs=1", root=root)
     interrupted(whole, tmp_path, step)
-    run = train(step, 3, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH // 3}", "--verbose")
+    run = train(step, 3, tmp_path, *flags, root=root)
+    drawn = [set(one[:15]) for one in (*masks(tmp_path / "fresh"), *masks(tmp_path))]
+    assert len(drawn) == 6 and len(set().union(*drawn)) > 0.95 * sum(map(len, drawn))  # few by chance
     said = [line for line in run.out.splitlines() if "random numbers begin anew" in line]
     print(said)
     assert sorted(said) == [

@@ -101,6 +101,17 @@ def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsy
         assert f"cannot write to {tmp_path / folder}: {problem}; {snapshot.REMEDY}" in line
 
 
+def test_a_disk_on_which_nothing_more_can_be_written_is_seen_before_training(tmp_path, capsys):
+    """A name alone can be made on a full disk. Here, no file may have more than no bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        line = failure(capsys, flags(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"cannot write to {tmp_path}: File too large; {snapshot.REMEDY}" in line
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
 def test_the_learning_rate_is_the_flags(sharded, tmp_path):
     if sharded:
@@ -401,8 +412,12 @@ def test_sweeping_leaves_three_sharded_ones_and_nothing_unfinished(sharded_folde
     assert names == {"snapshot-00000050.pt", *(f"snapshot-000000{n}" for n in (20, 30, 40))}
 
 
-def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch):
-    """Or a power cut could leave the name, and no content, in the place of the snapshot before."""
+@pytest.mark.parametrize("values", [{}, {"model": torch.zeros(10**5)}], ids=["few bytes", "many"])
+def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch, values):
+    """Or a power cut could leave the name, and no content, in the place of the snapshot before.
+
+    Python keeps few bytes back until it is told to write them, and passes many on at once.
+    """
     done, sync, rename = [], os.fsync, os.replace
 
     def note_sync(descriptor):
@@ -416,7 +431,9 @@ def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_rename)
-    snapshot.save(flags(folder), **state(40))
+    before = os.listdir("/dev/fd")
+    snapshot.save(flags(folder), global_step=40, **values)
+    assert os.listdir("/dev/fd") == before  # or a long training runs out of them
     size = (folder / "snapshot-00000040.pt").stat().st_size
     assert done == [f"{size} bytes", "name", "folder"]
 
