@@ -19,6 +19,7 @@ from common.models import build_model, model_name
 from common.options import make_parser, name_run, pick_device
 from common.ranks import Control
 from common.reporting import Reporter
+from common.schedule import set_learning_rate
 
 
 class Trainer:
@@ -64,6 +65,7 @@ class Trainer:
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, batch):
+        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
         self.optimizer.zero_grad()
         with self.autocast:
             loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
@@ -80,10 +82,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        loader = DataLoader(self.test_data, batch_size=1000, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
-        for batch in loader:
+        for batch in DataLoader(self.test_data, batch_size=1000, **self.fast):
             with self.autocast:
                 losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
             totals[0] += losses.sum()

@@ -23,6 +23,7 @@ from common.models import build_model, model_name
 from common.options import count_gpus, make_parser, name_run, pick_device, whole_number
 from common.ranks import Control, arrange_buckets, let_go, meeting
 from common.reporting import Reporter
+from common.schedule import set_learning_rate
 from parent import join
 
 
@@ -96,6 +97,7 @@ class Trainer:
         self.epoch, self.samples_seen = self.epoch + 1, 0
 
     def run_batch(self, batch):
+        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
         self.optimizer.zero_grad()
         with self.autocast:
             loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
@@ -113,12 +115,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: test rank 0's
-        for batch in loader:
+        for batch in DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast):
             with self.autocast:
                 losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
             totals[0] += losses.sum()

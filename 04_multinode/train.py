@@ -25,6 +25,7 @@ from common.models import build_model, model_name
 from common.options import make_parser, name_run, pick_device, positive_float, whole_number
 from common.ranks import Control, arrange_buckets, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
+from common.schedule import set_learning_rate
 
 
 @record  # so that torchrun shows the error of a rank that fails
@@ -101,6 +102,7 @@ class Trainer:
         batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         parts = list(zip(*(tensor.split(self.args.batch_size) for tensor in batch), strict=True))
         total = 0
+        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
         self.optimizer.zero_grad()
         for i, part in enumerate(parts, start=1):
             # Gradients add up on each rank. The ranks average them once, in the last backward().
@@ -124,12 +126,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        loader = DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: test rank 0's
-        for batch in loader:
+        for batch in DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast):
             with self.autocast:
                 losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
             totals[0] += losses.sum()

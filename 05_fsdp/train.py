@@ -34,6 +34,7 @@ from common.models import build_model, model_name
 from common.options import fail, make_parser, name_run, pick_device, positive_float, whole_number
 from common.ranks import Control, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
+from common.schedule import set_learning_rate
 from memory import MemoryReport
 
 
@@ -151,6 +152,7 @@ class Trainer:
         batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
         parts = list(zip(*(tensor.split(self.args.batch_size) for tensor in batch), strict=True))
         total = 0
+        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
         self.optimizer.zero_grad()
         for i, part in enumerate(parts, start=1):
             self.model.set_requires_gradient_sync(i == len(parts))
@@ -175,11 +177,10 @@ class Trainer:
         # As many batches on all ranks, because a forward pass gathers the weights from all of them.
         count = math.ceil(len(self.test_data) / self.world_size / 1000)
         batches = [part[i::count] for i in range(count)]
-        loader = DataLoader(self.test_data, batch_sampler=batches, **self.fast)
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
         self.model.eval()
         self.share_buffers()
-        for batch in loader:
+        for batch in DataLoader(self.test_data, batch_sampler=batches, **self.fast):
             losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
             totals[0] += losses.sum()
             totals[1] += right.sum()

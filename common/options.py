@@ -87,6 +87,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
+    add("--schedule", choices=["constant", "one-cycle"], default="constant", help="constant unless given")
     add("--seed", type=natural, default=0, metavar="N", help="the same on every rank (0)")
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
     add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")

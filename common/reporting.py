@@ -31,6 +31,7 @@ class Reporter:
         self.global_batch = self.rank_batch * self.world_size
         if self.global_batch > samples:
             fail(f"a step takes {self.global_batch} images, {args.dataset} has {samples}: lower --batch-size")
+        self.steps = args.epochs * (samples // self.global_batch)  # of the run
         self.images, self.seconds = 0, 0.0
         self.metrics = None
         if self.rank == 0 and args.metrics:

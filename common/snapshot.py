@@ -184,6 +184,6 @@ def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
         torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
         report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
     for group in state.get("optimizer", state)["param_groups"]:
-        group.update(lr=report.args.lr, fused=on_gpu)  # this run's, before an optimizer loads them
+        group.update(fused=on_gpu)  # as this run's are, before an optimizer loads them
     report.say(f"resumed from {report.args.snapshot_dir}: epoch {epoch}, step {step}")
     return epoch, -(-state["samples_seen"] // ranks) * ranks, step

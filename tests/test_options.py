@@ -12,6 +12,7 @@ import torch
 from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
 from common import options
+from common.models import MODELS
 from common.options import fail, make_parser, name_run, pick_device
 
 
@@ -131,6 +132,18 @@ def test_the_least_and_the_most_that_a_flag_takes(capsys, flag, low, high, betwe
         with pytest.raises(SystemExit):
             parser.parse_args([f"--{flag}={value}"])
         assert f"from {low} to {high}, not '{value}'" in capsys.readouterr().err
+
+
+def test_what_can_be_chosen_can_be_asked_for():
+    parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
+    choices = {
+        "model": MODELS,
+        "precision": ["float32", "float64", "bf16"],
+        "schedule": ["constant", "one-cycle"],
+    }
+    for flag, values in choices.items():
+        for value in values:
+            assert vars(parser.parse_args([f"--{flag}={value}"]))[flag] == value
 
 
 @pytest.mark.parametrize("step", FOLDERS)
