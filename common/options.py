@@ -101,6 +101,7 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     add("--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 unless given")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--metrics", type=Path, metavar="FILE", help="append one JSON object per line to FILE")
+    add("--profile", type=Path, metavar="DIR", help="write a trace of steps 8 to 10 on each rank to DIR")
     add("--verbose", action="store_true", help="every rank logs, not rank 0 alone")
     return parser
 

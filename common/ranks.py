@@ -104,8 +104,9 @@ def meeting() -> Iterator[None]:
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
     """`fail`, naming who has what, if a rank has other flags, code (where `script` is), data or torch."""
-    own = ["data_dir", "num_workers", "snapshot_dir", "metrics", "verbose", "run", "dataset", "caveat"]
+    own = ["num_workers", "verbose", "run", "dataset", "caveat"]  # and where its files are
     mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
+    mine = {name: value for name, value in mine.items() if not isinstance(value, Path)}
     folders = (Path(script).parent, Path(__file__).parent)
     code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
     mine |= {"code": f"{zlib.crc32(code):08x}", "data": data, "torch": torch.__version__}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common.options import fail, warn
 
 LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a report, and only there
+SKIPPED, PROFILED = 7, 3  # steps: the first ones warm up, and a trace of many is slow to look at
 
 
 class Reporter:
@@ -40,6 +41,7 @@ class Reporter:
                 self.metrics = args.metrics.open("a")  # a resumed run goes on in the same file
             except OSError as error:
                 fail(f"cannot write --metrics {args.metrics}: {error.strerror}; choose another file")
+        self.profiler = start_profiler(args, self.rank) if args.profile else None
         micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
             f"{args.step}: {args.model} on {args.dataset}, {device.type}, {args.precision}, "
@@ -78,6 +80,8 @@ class Reporter:
         bar = tqdm(loader, title, leave=False, file=sys.stdout, disable=hidden, unit=" steps")
         for self.batch, batch in enumerate(bar, start=1):
             yield batch
+            if self.profiler:
+                self.profiler.step()
 
     def is_due(self) -> bool:
         """Whether the batch that `progress` has just handed out is to be reported, or is the last."""
@@ -115,5 +119,24 @@ class Reporter:
         done = f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s"
         self.say(done if self.images else left)
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
+        if self.profiler:
+            self.profiler.stop()
+            if self.profiler.step_num < SKIPPED:
+                warn(f"no trace in {self.args.profile}: it begins {SKIPPED} steps after the start")
         if self.args.caveat:
             warn(self.args.caveat)
+
+
+def start_profiler(args: argparse.Namespace, rank: int) -> torch.profiler.profile:
+    """Let torch.profiler write what this rank does in a few steps to `--profile`: for ui.perfetto.dev."""
+    try:
+        args.profile.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make --profile {args.profile}: {error.strerror}; choose another folder")
+    trace = str(args.profile / f"{args.step}-rank-{rank}.json")
+    profiler = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=SKIPPED - 2, warmup=2, active=PROFILED, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(trace),
+    )
+    profiler.start()
+    return profiler
