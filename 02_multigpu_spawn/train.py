@@ -106,7 +106,7 @@ class Trainer:
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
 
     def loss(self, images, labels):
-        return F.cross_entropy(self.ddp_model(images), labels)
+        return F.cross_entropy(self.ddp_model(images), labels, label_smoothing=self.args.smoothing)
 
     def score(self, images, labels):  # of each image: its loss, and whether the answer is right
         outputs = self.model(images)

@@ -62,12 +62,13 @@ def whole_number(text: str, low: int = 1, high: int = 10**9, step: int = 1) -> i
     return int(text)
 
 
-def positive_float(text: str) -> float:
-    """A finite float above 0, for argparse."""
+def positive_float(text: str, limit: float = math.inf) -> float:
+    """A float above 0 and below `limit`, for argparse."""
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if 0 < float(text) < limit:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0, not '{text}'")
+    below = f" and below {limit}" if limit < math.inf else ""
+    raise argparse.ArgumentTypeError(f"must be a number above 0{below}, not '{text}'")
 
 
 def make_parser(script: str, description: str, torchrun: bool = False) -> OneLineParser:
@@ -82,12 +83,14 @@ def make_parser(script: str, description: str, torchrun: bool = False) -> OneLin
     natural = functools.partial(whole_number, low=0, high=2**32 - 1)  # a seed: the epoch is added to it
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
     workers = functools.partial(whole_number, low=0, high=1024)
+    share = functools.partial(positive_float, limit=1)
     digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
     add("--schedule", choices=["constant", "one-cycle"], default="constant", help="constant unless given")
+    add("--smoothing", type=share, default=0.0, metavar="X", help="label smoothing while training (0.0)")
     add("--seed", type=natural, default=0, metavar="N", help="the same on every rank (0)")
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
     add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")

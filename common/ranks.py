@@ -104,9 +104,9 @@ def meeting() -> Iterator[None]:
 
 def check_same(args: argparse.Namespace, script: str, data: str) -> None:
     """`fail`, naming who has what, if a rank has other flags, code (where `script` is), data or torch."""
-    own = ["num_workers", "verbose", "run", "dataset", "caveat"]  # and where its files are
-    mine = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
-    mine = {name: value for name, value in mine.items() if not isinstance(value, Path)}
+    own = ["num_workers", "verbose", "run", "dataset", "caveat"]
+    flags = snapshot.complete(args, {})["flags"]  # without the places of its files
+    mine = {f"--{name.replace('_', '-')}": value for name, value in flags.items() if name not in own}
     folders = (Path(script).parent, Path(__file__).parent)
     code = b"".join(path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py")))
     mine |= {"code": f"{zlib.crc32(code):08x}", "data": data, "torch": torch.__version__}

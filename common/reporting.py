@@ -134,9 +134,7 @@ def start_profiler(args: argparse.Namespace, rank: int) -> torch.profiler.profil
     except OSError as error:
         fail(f"cannot make --profile {args.profile}: {error.strerror}; choose another folder")
     trace = str(args.profile / f"{args.step}-rank-{rank}.json")
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=SKIPPED - 2, warmup=2, active=PROFILED, repeat=1),
-        on_trace_ready=lambda done: done.export_chrome_trace(trace),
-    )
+    plan = torch.profiler.schedule(wait=SKIPPED - 2, warmup=2, active=PROFILED, repeat=1)
+    profiler = torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(trace))
     profiler.start()
     return profiler

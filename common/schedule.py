@@ -3,12 +3,10 @@
 import argparse
 import math
 
-import torch
+from torch.optim import Optimizer
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int, steps: int
-) -> None:
+def set_learning_rate(optimizer: Optimizer, args: argparse.Namespace, step: int, steps: int) -> None:
     """Set the rate and AdamW's betas for `step`, counted from 0, of the run's `steps`.
 
     By default `--lr` and torch's betas. With `--schedule one-cycle` the rate rises from a 25th of `--lr` to

@@ -39,8 +39,8 @@ BUGS = {
     ),
     "gradients not averaged at all": (
         "04",
-        "F.cross_entropy(self.ddp_model(images), labels)",
-        "F.cross_entropy(self.model(images), labels)",
+        "F.cross_entropy(self.ddp_model(images), labels, ",
+        "F.cross_entropy(self.model(images), labels, ",
         "weights",
     ),
     "the logged loss is rank 0's": ("05", "dist.all_reduce(means)", "means *= self.world_size", "losses"),

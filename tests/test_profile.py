@@ -44,12 +44,3 @@ def test_a_run_that_ends_too_soon_says_that_there_is_no_trace(tmp_path):
         assert status == 0 and f"{steps} steps" in out
         told = "warning: no trace in 6: it begins 7 steps after the start" in err.splitlines()
         assert len(list((tmp_path / str(steps)).iterdir())) == steps - 6 and told == (steps == 6)
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
-    (tmp_path / "file").touch()
-    flags = ["--num-samples=90", "--profile=file/traces"]
-    status, _, err = finish(start([*command("01", 1), *flags], tmp_path))
-    print(err)
-    assert status == 2
-    assert err == "error: cannot make --profile file/traces: Not a directory; choose another folder\n"
