@@ -16,14 +16,15 @@ COLLECTIVES = {"01": set(), "05": {"reduce_scatter", "all_gather"}}
 def test_each_rank_leaves_a_trace_of_three_steps(once, tmp_path, step):
     ranks = ranks_of(step)
     flags = [*FLAGS, f"--batch-size={24 // ranks}"]
-    run = train(step, ranks, tmp_path, *flags, "--profile=traces")
+    run = train(step, ranks, tmp_path, *flags, "--profile=traces/of/this")
     without = once(step, ranks, *flags)
     assert len(run.losses) == 20 and torch.equal(run.losses, without.losses)
     assert largest_difference(run.weights, without.weights) == 0.0
+    folder = tmp_path / "traces" / "of" / "this"
     names = [f"{FOLDERS[step]}-rank-{rank}.json" for rank in range(ranks)]
-    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == names
     for name in names:
-        events = json.loads((tmp_path / "traces" / name).read_text())["traceEvents"]
+        events = json.loads((folder / name).read_text())["traceEvents"]
         counts = collections.Counter(event["name"] for event in events if event.get("ph") == "X")
         # Steps 8 to 10, which it counts from 0; each calls the optimizer once.
         steps = [f"ProfilerStep#{number}" for number in (7, 8, 9)]

@@ -1,0 +1,92 @@
+"""99 % on MNIST in one epoch: how sure, and how soon.
+
+    python benchmarks/speedrun.py --data-dir data --seeds 30            # step 01
+    python benchmarks/speedrun.py --data-dir data --seeds 30 --ranks 2  # step 03, the same global batch
+
+Each seed is a run of a step's script, started as a reader starts it. Prints accuracy and seconds of each,
+then their mean and standard deviation. The last line is JSON.
+
+What is left out: `train_seconds` are the training steps alone, as the script reports them. `wall_seconds` are
+all from the start of the process to the result on the terminal: importing torch, reading MNIST from the disk,
+training, testing. Nothing is warmed up, no run is left out, and the test set decides nothing in a run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+GLOBAL_BATCH = 256
+RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle", "--smoothing=0.1"]
+
+
+def command(ranks: int) -> list[str]:
+    """The recipe at so many ranks, all on this machine."""
+    batch = f"--batch-size={GLOBAL_BATCH // ranks}"
+    if ranks == 1:
+        return [sys.executable, str(ROOT / "01_single_gpu" / "train.py"), *RECIPE, batch]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*torchrun, str(ROOT / "03_multigpu_torchrun" / "train.py"), *RECIPE, batch]
+
+
+def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float]:
+    """Start the script: accuracy in percent, seconds of training, seconds until the result is printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = [
+            f"--seed={seed}",
+            f"--data-dir={data_dir}",
+            f"--snapshot-dir={folder}",
+            f"--metrics={folder}/m",
+        ]
+        begun = time.perf_counter()
+        process = subprocess.Popen([*words, *own], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        wall = 0.0
+        for line in process.stdout:
+            if "accuracy" in line:
+                wall = time.perf_counter() - begun
+        if process.wait():
+            sys.exit(f"error: seed {seed} ended with status {process.returncode}: its last line says why")
+        lines = Path(folder, "m").read_text().splitlines()
+    events: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    if events[0]["dataset"] != "mnist":
+        sys.exit("error: these are not the real digits; give their folder with --data-dir")
+    [test] = [event for event in events if event["event"] == "eval"]
+    return 100 * test["accuracy"], events[-1]["seconds"], wall
+
+
+def main(args: argparse.Namespace) -> None:
+    words = command(args.ranks)
+    print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
+    runs = []
+    for seed in range(args.seeds):
+        runs.append(run(words, seed, args.data_dir))
+        print("seed {:2}  {:.2f}%  {:.1f} s of training, {:.1f} s in all".format(seed, *runs[-1]), flush=True)
+    accuracies, trained, walls = (list(column) for column in zip(*runs, strict=True))
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+    print(f"n {len(runs)}, mean {mean:.3f}%, standard deviation {deviation:.3f}")
+    result = {"n": len(runs), "mean": round(mean, 3), "sd": round(deviation, 3), "ranks": args.ranks}
+    result |= {
+        "train_seconds": round(statistics.mean(trained), 2),
+        "accuracies": [round(accuracy, 2) for accuracy in accuracies],
+    }
+    result |= {"wall_seconds": round(statistics.mean(walls), 2), "cores": os.cpu_count()}
+    print(json.dumps({**result, "machine": platform.machine(), "python": platform.python_version()}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many runs (5)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, 1 or more (1)")
+    main(parser.parse_args())
