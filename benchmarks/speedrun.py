@@ -12,6 +12,7 @@ training, testing. Nothing is warmed up, no run is left out, and the test set de
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -63,6 +64,13 @@ def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float
     return 100 * test["accuracy"], events[-1]["seconds"], wall
 
 
+def machine() -> str:
+    """What the processor calls itself, and how many cores there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def main(args: argparse.Namespace) -> None:
     words = command(args.ranks)
     print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
@@ -73,13 +81,18 @@ def main(args: argparse.Namespace) -> None:
     accuracies, trained, walls = (list(column) for column in zip(*runs, strict=True))
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0.0
     print(f"n {len(runs)}, mean {mean:.3f}%, standard deviation {deviation:.3f}")
-    result = {"n": len(runs), "mean": round(mean, 3), "sd": round(deviation, 3), "ranks": args.ranks}
-    result |= {
+    result = {
+        "n": len(runs),
+        "mean": round(mean, 3),
+        "sd": round(deviation, 3),
         "train_seconds": round(statistics.mean(trained), 2),
+        "wall_seconds": round(statistics.mean(walls), 2),
+        "ranks": args.ranks,
+        "machine": machine(),
+        "torch": importlib.metadata.version("torch"),
         "accuracies": [round(accuracy, 2) for accuracy in accuracies],
     }
-    result |= {"wall_seconds": round(statistics.mean(walls), 2), "cores": os.cpu_count()}
-    print(json.dumps({**result, "machine": platform.machine(), "python": platform.python_version()}))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

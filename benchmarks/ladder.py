@@ -1,0 +1,148 @@
+"""From a textbook's script to 99 % in one epoch: one idea a rung, each measured.
+
+    python benchmarks/ladder.py --data-dir data --seeds 3
+
+Each rung trains one epoch of MNIST on this machine's CPU and tests. Its first rung is written as
+github.com/pytorch/examples trains on MNIST: its net, its optimizer, a picture and two transforms for each
+image, `loss.item()` in every tenth step. Each further rung changes one thing. The last is what
+`benchmarks/speedrun.py` lets the steps do; here, the loop is bare. Prints a table, and JSON in the last line.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from torchvision import transforms  # noqa: E402
+
+from benchmarks.textbook import Pictures  # noqa: E402
+from common.mnist import Digits, load_mnist  # noqa: E402
+from common.models import MEAN, STD, Normalized, cnn  # noqa: E402
+from common.options import fail  # noqa: E402
+from common.schedule import set_learning_rate  # noqa: E402
+
+
+def big_net() -> nn.Module:
+    """The net of pytorch/examples: two convolutions without padding, dropout, 1,199,882 parameters."""
+    return nn.Sequential(
+        *(
+            nn.Conv2d(1, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Dropout2d(0.25),
+        ),
+        *(nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
+    )
+
+
+def small_net() -> nn.Module:
+    """The steps' `cnn`."""
+    return cnn(argparse.Namespace())
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What is done; the first rung's values are the textbook's."""
+
+    idea: str
+    picture_by_picture: bool = True
+    item_every: int = 10  # steps between two `loss.item()`; 0: none
+    net: Callable[[], nn.Module] = big_net
+    adamw: bool = False  # at 0.001, or with `schedule` at 0.01; else Adadelta at 1.0
+    batch: int = 64
+    schedule: str = "constant"
+    smoothing: float = 0.0
+
+
+def rungs() -> list[Rung]:
+    ladder = [Rung("a textbook's script")]
+    for change in (
+        {"idea": "a batch is one index into one tensor", "picture_by_picture": False},
+        {"idea": "no .item() in the loop", "item_every": 0},
+        {"idea": "a smaller net, AdamW", "net": small_net, "adamw": True},
+        {"idea": "a larger batch", "batch": 256},
+        {"idea": "one cycle of the learning rate, up to 0.01", "schedule": "one-cycle"},
+        {"idea": "label smoothing", "smoothing": 0.1},
+    ):
+        ladder.append(replace(ladder[-1], **change))
+    return ladder
+
+
+def batches(rung: Rung, digits: Digits, seed: int) -> Iterator[Any]:
+    """One epoch in an order of its own: floats from pictures, or bytes, which the model makes floats of."""
+    generator = torch.Generator().manual_seed(seed)
+    if rung.picture_by_picture:
+        how = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+        yield from DataLoader(Pictures(digits, how), rung.batch, shuffle=True, generator=generator)
+        return
+    for rows in torch.randperm(len(digits), generator=generator).split(rung.batch):
+        yield digits.images[rows], digits.labels[rows]
+
+
+def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, float]:
+    """Train one epoch: seconds of training, and accuracy in percent."""
+    torch.manual_seed(seed)
+    net = rung.net()
+    model = net if rung.picture_by_picture else Normalized(net)
+    args = argparse.Namespace(schedule=rung.schedule, lr=1e-3 if rung.schedule == "constant" else 1e-2)
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, args.lr) if rung.adamw else torch.optim.Adadelta(weights, 1.0)
+    steps = -(-len(train) // rung.batch)
+    begun = time.perf_counter()
+    for step, (images, labels) in enumerate(batches(rung, train, seed)):
+        if rung.adamw:
+            set_learning_rate(optimizer, args, step, steps)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels, label_smoothing=rung.smoothing)
+        loss.backward()
+        optimizer.step()
+        if rung.item_every and step % rung.item_every == 0:
+            loss.item()
+    took = time.perf_counter() - begun
+    model = Normalized(net).eval()
+    with torch.no_grad():
+        pairs = zip(test.images.split(1000), test.labels.split(1000), strict=True)
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
+    return took, 100 * right / len(test)
+
+
+def main(args: argparse.Namespace) -> None:
+    train, test = load_mnist(args.data_dir)
+    if train.fallback:
+        fail("this ladder is about MNIST: give its folder as --data-dir")
+    found: dict[str, dict[str, Any]] = {}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.seeds} seeds\n")
+    print("| one idea a rung | s an epoch | accuracy after it |\n|---|---:|---:|")
+    for rung in rungs():
+        runs = [climb(rung, train, test, seed) for seed in range(args.seeds)]
+        seconds, accuracies = ([run[place] for run in runs] for place in (0, 1))
+        took, accuracy = statistics.median(seconds), statistics.mean(accuracies)
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
+        print(f"| {rung.idea} | {took:.1f} ({spread}) | {accuracy:.2f}% |", flush=True)
+        found[rung.idea] = {"seconds": [round(second, 2) for second in seconds], "accuracies": accuracies}
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rungs": found}))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is (data)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each rung (3)")
+    main(parser.parse_args())
