@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import platform
 import random
 import re
 import shutil
@@ -392,10 +393,23 @@ def test_check_finds_two_nodes_ready(net, launcher):
     print(out)
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(" node")}
     assert process.returncode == 0 and "All nodes are ready." in out and "!" not in out
+    assert out.split("\n")[0].split() == [
+        "node",
+        "ssh",
+        "python",
+        "torch",
+        "commit",
+        "29500",
+        "interface",
+        "data",
+    ]
     version = torch.__version__.partition("+")[0]
-    assert version in rows["node1"] and version in rows["node2"]
     for name, port in (("node1", "free"), ("node2", "open")):
-        assert rows[name].split()[-3:] == [port, "eth0", "mnist"]
+        cells = rows[name].split()
+        assert cells[:3] == [name, "ok", platform.python_version()] and cells[3].startswith(version)
+        assert len(cells) == 8 and cells[5:] == [port, "eth0", "mnist"]
+    columns = [[match.start() for match in re.finditer(r"\S+", line)] for line in out.splitlines()[:3]]
+    assert columns[0] == columns[1] == columns[2]
 
 
 @pytest.mark.root
@@ -426,6 +440,28 @@ def test_check_says_how_to_mend_what_is_wrong(net, launcher, tmp_path):
         "! node3: SSH: ssh: connect to host node3 port 22: Connection refused. Try: ",
     ):
         assert fix in out, fix
+    assert re.search(r"^ node3 +!no +$", out, re.M) and re.search(
+        r"^ node2 +ok .*!none +!lo +!none", out, re.M
+    )
+
+
+@pytest.mark.root
+@needs_ssh
+def test_check_tells_what_has_still_to_be_installed(net, launcher):
+    for words, said, fix in (
+        (["--dir=/nowhere"], "ok", "there is no /nowhere: git clone the project there, or say where it is"),
+        (
+            ["--setup=export PATH=/usr/bin:/bin"],
+            "none",
+            "no torchrun: python3 -m venv .venv && .venv/bin/pip",
+        ),
+    ):
+        process = launcher("--check", *words)
+        out, _ = process.communicate(timeout=60)
+        print(out)
+        assert process.returncode == 1
+        for node in ("node1", "node2"):
+            assert f"! {node}: {fix}" in out and re.search(rf"^ {node} .*!{said}\b", out, re.M)
 
 
 @pytest.mark.root

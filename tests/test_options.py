@@ -137,6 +137,7 @@ def test_the_least_and_the_most_that_a_flag_takes(capsys, flag, low, high, betwe
 def test_what_can_be_chosen_can_be_asked_for():
     parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
     choices = {
+        "use-gpu": [0, 1],
         "model": MODELS,
         "precision": ["float32", "float64", "bf16"],
         "schedule": ["constant", "one-cycle"],
