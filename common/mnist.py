@@ -47,7 +47,7 @@ class Digits(TensorDataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
-        return self[torch.tensor(indices)]
+        return self[torch.tensor(indices, dtype=torch.int64)]  # of a rank without images, too
 
     def checksum(self) -> str:
         """Of name and content, to compare nodes by."""

@@ -33,7 +33,15 @@ MARK = "attacked"  # a folder that is there when a pickle has been let do what i
 
 FLAGS = {"model": "cnn", "precision": "float32", "compile": False, "vit_width": 64, "vit_depth": 1}
 ARGS = argparse.Namespace(
-    **FLAGS, run="cnn-mnist", seed=0, lr=0.001, verbose=False, metrics=None, batch_size=1, accumulate=1
+    **FLAGS,
+    run="cnn-mnist",
+    seed=0,
+    lr=0.001,
+    verbose=False,
+    metrics=None,
+    profile=None,
+    batch_size=1,
+    accumulate=1,
 )
 ARGS.step, ARGS.dataset, ARGS.epochs = "05_fsdp", "mnist", 1
 

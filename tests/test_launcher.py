@@ -131,6 +131,8 @@ BAD = {
     "--local": "--local needs a value",
     "--local=2 --hosts=a,b": "--local runs here: leave out --hosts",
     "--local=2 --run": "--run and --local exclude each other",
+    "--run --local=2": "--local and --run exclude each other",
+    "--port=x": "--port must be a whole number, 1 or more, not 'x'",
     "--check --run": "--run and --check exclude each other",
     "--run": "--run needs the nodes: --hosts A,B,…",
     "--check": "--check needs the nodes: --hosts A,B,…",
@@ -291,7 +293,10 @@ def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
 def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     """With real processes throughout: they are looked for by what stands on their command lines."""
     flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
-    process = start([SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags], ROOT, PATH=paths(real=True))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = [SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags]
+    process = start(words, ROOT, PATH=paths(real=True), TMPDIR=str(scratch))
     try:
         wait_for_step(process, tmp_path / "snapshots")
         os.kill(process.pid, number)
@@ -304,6 +309,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     assert status == expected
     if number != signal.SIGKILL:
         assert "SIGTERM: saved at step" in out and "stopping all nodes" in err
+        assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.parametrize(

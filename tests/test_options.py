@@ -144,7 +144,7 @@ def test_what_can_be_chosen_can_be_asked_for():
     }
     for flag, values in choices.items():
         for value in values:
-            assert vars(parser.parse_args([f"--{flag}={value}"]))[flag] == value
+            assert vars(parser.parse_args([f"--{flag}={value}"]))[flag.replace("-", "_")] == value
 
 
 @pytest.mark.parametrize("step", FOLDERS)

@@ -121,7 +121,7 @@ def test_how_the_optimizer_computes_is_this_runs(sharded, tmp_path):
         snapshot.save(flags(tmp_path), **{**state(10), "optimizer": {"param_groups": groups}})
     loaded = load_newest(tmp_path, sharded)
     said = {"step": "", "model": "", "dataset": "", "epochs": 1, "batch_size": 1, "accumulate": 1}
-    args = flags(tmp_path, metrics=None, **said)
+    args = flags(tmp_path, metrics=None, profile=None, **said)
     snapshot.resume(loaded, Reporter(args, torch.device("cpu"), 10))
     groups = loaded["param_groups"] if sharded else loaded["optimizer"]["param_groups"]
     assert [group["fused"] for group in groups] == [False]
