@@ -187,6 +187,23 @@ def test_it_prints_what_each_node_is_to_run():
     assert "firewalls" in out and "same commit" in out and "SSH to every node" in out
 
 
+def test_it_prints_what_each_node_has_to_do_before_and_what_it_needs():
+    _, out, _ = run("--hosts=a,b", "--setup=module load cuda", "--step=05")
+    assert out.count(" && module load cuda &&\n") == 2 and "on one disk that all nodes have in common" in out
+    _, out, _ = run("--hosts=a,b", "--setup=")
+    assert out.count(" &&  &&") == 0 and "on one disk" not in out
+
+
+def test_without_the_command_ip_it_asks_for_the_interface(tmp_path):
+    folders = [Path(folder) for folder in paths(real=True).split(os.pathsep)]
+    for name, file in {file.name: file for folder in folders[::-1] for file in folder.glob("*")}.items():
+        if name != "ip":
+            (tmp_path / name).symlink_to(file)
+    status, _, err = finish(start([SCRIPT, "--interface-to", "127.0.0.1"], ROOT, PATH=str(tmp_path)))
+    assert status == 2
+    assert err == "error: no 'ip' command here (package iproute2): give --interface NAME\n"
+
+
 def test_elastic_commands_differ_in_who_is_host():
     blocks = commands_for(["alpha", "beta"], "--elastic=1:4", "--rdzv-id=x", "--interface=ib0", "--port=1234")
     for name, host in (("alpha", 1), ("beta", 0)):
