@@ -316,7 +316,10 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     process = start(words, ROOT, PATH=paths(real=True), TMPDIR=str(scratch))
     try:
         wait_for_step(process, tmp_path / "snapshots")
-        os.kill(process.pid, number)
+        if number == signal.SIGINT:  # from a terminal it comes to the whole group
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid, number)
         process.process.wait(60)
         wait_until(lambda: not marked(tmp_path), f"the end of all: {marked(tmp_path)}", 45)
     finally:
