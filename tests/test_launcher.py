@@ -526,6 +526,7 @@ def test_run_stops_all_nodes_and_leaves_nothing(net, launcher, how):
         assert process.returncode == 130 and "[node1] SIGTERM: saved at step" in out
     else:
         assert process.returncode not in (0, 130)
+        assert re.search(r"^node[12] failed with status \d+: stopping all nodes$", out, re.M)
     for host in net.hosts:
         left = [line for line in host.processes() if "sshd" not in line]
         print(f"{host.name}: {left}")
