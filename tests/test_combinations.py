@@ -401,7 +401,9 @@ def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, fla
     off = (run.losses - usual.losses).abs().max().item()
     print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; up to {off:.1e} off the usual run's")
     assert last < first - 0.3
-    assert off > 0  # the flag has done something
+    # The flag has done something. Three ranks may add in another order: that changes the last of float32's
+    # 24 bits, about 1e-7. bf16 has 8 bits.
+    assert off > (1e-4 if "bf16" in flags else 0)
     kinds = [{name: tensor.dtype for name, tensor in one.weights.items()} for one in (run, usual)]
     assert kinds[0] == kinds[1]
 
