@@ -7,7 +7,7 @@ import threading
 
 import mutants
 import pytest
-from mutants import REPORT, ROOT, Lane, in_lanes, known, mutants_of, reason
+from mutants import PYTHON, REPORT, ROOT, Lane, in_lanes, known, mutants_of, reason
 
 SAMPLE = 40
 SOURCE = '''
@@ -90,7 +90,8 @@ def test_a_sample_of_mutants_is_caught_by_the_tests_that_the_report_names(tmp_pa
     seed = int(os.environ.get("SEED") or random.randrange(10**6))
     print(f"SEED={seed}")
     results = known()
-    caught = [mutant for mutant in everything() if results.get(mutant.key)]
+    # Not the shell's, of which some keep a launcher waiting for a minute or two.
+    caught = [mutant for mutant in everything() if results.get(mutant.key) and mutant.file in PYTHON]
     assert len(caught) >= SAMPLE, "make mutants: the code is another than that of the report"
     data_dir = request.config.getoption("--data-dir")
     lanes = [Lane(tmp_path, number, str(data_dir.resolve()) if data_dir else "") for number in range(2)]
