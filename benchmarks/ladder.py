@@ -30,7 +30,7 @@ from torchvision import transforms  # noqa: E402
 from benchmarks.textbook import Pictures  # noqa: E402
 from common.mnist import Digits, load_mnist  # noqa: E402
 from common.models import MEAN, STD, Normalized, cnn  # noqa: E402
-from common.options import fail  # noqa: E402
+from common.options import fail, whole_number  # noqa: E402
 from common.schedule import set_learning_rate  # noqa: E402
 
 
@@ -144,5 +144,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is (data)"
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each rung (3)")
+    parser.add_argument("--seeds", type=whole_number, default=3, metavar="N", help="runs of each rung (3)")
     main(parser.parse_args())

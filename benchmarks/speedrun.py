@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common.options import fail, whole_number  # noqa: E402
+
 GLOBAL_BATCH = 256
 RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle", "--smoothing=0.1"]
 
@@ -55,11 +59,11 @@ def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float
             if "accuracy" in line:
                 wall = time.perf_counter() - begun
         if process.wait():
-            sys.exit(f"error: seed {seed} ended with status {process.returncode}: its last line says why")
+            fail(f"the run with seed {seed} ended with status {process.returncode}: it says why, above")
         lines = Path(folder, "m").read_text().splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if events[0]["dataset"] != "mnist":
-        sys.exit("error: these are not the real digits; give their folder with --data-dir")
+        fail("these are not the real digits: give the folder of MNIST as --data-dir")
     [test] = [event for event in events if event["event"] == "eval"]
     return 100 * test["accuracy"], events[-1]["seconds"], wall
 
@@ -72,6 +76,8 @@ def machine() -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    if GLOBAL_BATCH % args.ranks:
+        fail(f"--ranks {args.ranks} does not divide the global batch of {GLOBAL_BATCH}: take 1, 2, 4 or 8")
     words = command(args.ranks)
     print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
     runs = []
@@ -100,6 +106,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="how many runs (5)")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, 1 or more (1)")
+    parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help="how many runs (5)")
+    parser.add_argument("--ranks", type=whole_number, default=1, metavar="N", help="processes, 1 or more (1)")
     main(parser.parse_args())
