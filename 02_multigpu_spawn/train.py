@@ -19,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from common import snapshot
 from common.mnist import fast, load_mnist
-from common.models import build_model, model_name
+from common.models import build_model, model_name, set_learning_rate
 from common.options import count_gpus, make_parser, name_run, pick_device, whole_number
 from common.ranks import Control, arrange_buckets, let_go, meeting
 from common.reporting import Reporter
-from common.schedule import set_learning_rate
 from parent import join
 
 

@@ -30,11 +30,10 @@ import sharded
 import switches
 from common import snapshot
 from common.mnist import fast, load_mnist
-from common.models import build_model, model_name
+from common.models import build_model, model_name, set_learning_rate
 from common.options import fail, make_parser, name_run, pick_device, positive_float, whole_number
 from common.ranks import Control, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
-from common.schedule import set_learning_rate
 from memory import MemoryReport
 
 

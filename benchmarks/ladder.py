@@ -29,9 +29,8 @@ from torchvision import transforms  # noqa: E402
 
 from benchmarks.textbook import Pictures  # noqa: E402
 from common.mnist import Digits, load_mnist  # noqa: E402
-from common.models import MEAN, STD, Normalized, cnn  # noqa: E402
+from common.models import MEAN, STD, Normalized, cnn, set_learning_rate  # noqa: E402
 from common.options import fail, whole_number  # noqa: E402
-from common.schedule import set_learning_rate  # noqa: E402
 
 
 def big_net() -> nn.Module:

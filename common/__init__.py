@@ -1,1 +1,0 @@
-"""What no step is about: the data, the models, snapshot files, the shared flags and the progress line."""

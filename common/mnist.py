@@ -1,8 +1,4 @@
-"""MNIST as one tensor, or synthetic digits in its place.
-
-The usual way turns every image into a PIL picture and back, one by one; one index into a uint8
-tensor gives a whole batch instead, and the model makes floats of it on the device.
-"""
+"""MNIST as one tensor, or synthetic digits in its place: an index makes a batch, and no PIL picture."""
 
 import argparse
 import atexit
@@ -24,9 +20,7 @@ from torch.utils.data import TensorDataset
 from common.options import fail, warn
 from common.synthetic import synthetic_digits
 
-# The four files that torchvision's MNIST unpacks into DIR/MNIST/raw, and the bytes in each:
-# 16 or 8 of header, then one for each pixel or label (http://yann.lecun.com/exdb/mnist).
-FILES = {
+FILES = {  # and their bytes: 16 or 8 of header, one a pixel or label (http://yann.lecun.com/exdb/mnist)
     "train-images-idx3-ubyte": 16 + 60_000 * 28 * 28,
     "train-labels-idx1-ubyte": 8 + 60_000,
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
@@ -55,11 +49,8 @@ class Digits(TensorDataset):
 
 
 def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """DataLoader's arguments that let it load `Digits` fast, and draw no random numbers.
-
-    `__getitems__` has made the batch, a tuple, which `tuple` returns as it is. The loader draws a seed for
-    workers in each epoch, by default from the generator that snapshots keep: a resumed run would draw more.
-    """
+    """DataLoader's arguments for `Digits`: the batch is a tuple already, which `tuple` returns as it is."""
+    # In each epoch it draws a seed for workers: by default of those random numbers that snapshots keep.
     own, workers = torch.Generator().manual_seed(torch.initial_seed()), args.num_workers
     how = {"collate_fn": tuple, "pin_memory": device.type != "cpu", "worker_init_fn": ignore_signals}
     return {**how, "generator": own, "num_workers": workers, "persistent_workers": workers > 0}
@@ -80,10 +71,9 @@ def end_workers() -> None:
 
 
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
-    """MNIST's training and test set from `data_dir/MNIST/raw`, downloaded if need be; or synthetic ones.
+    """MNIST's training and test set, from `data_dir` or downloaded to it; `fail`s when files are damaged.
 
-    `num_samples` asks for so many synthetic training digits, and a sixth of it to test on; without network
-    and files there are 60,000, whose `fallback` says so. `fail`s when files are damaged or can't be written.
+    Or synthetic digits: `num_samples`, and a sixth of it to test on; 60,000 without network and files.
     """
     raw, fallback = data_dir / "MNIST" / "raw", ""
     if num_samples is None:
@@ -111,11 +101,9 @@ def read(path: Path) -> torch.Tensor:
     if len(content) != FILES[path.name] or content[:4] != bytes([0, 0, 8, 3 if images else 1]):
         fail(f"{path} is damaged: {len(content):,} bytes of {FILES[path.name]:,}, or a wrong header; {how}")
     data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
-    if images:
-        return data.view(-1, 28, 28)
-    if data.max() > 9:
+    if not images and data.max() > 9:
         fail(f"{path} is damaged: it holds a label above 9; {how}")
-    return data.long()
+    return data.view(-1, 28, 28) if images else data.long()
 
 
 def download(data_dir: Path, raw: Path) -> str:

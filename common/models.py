@@ -1,19 +1,17 @@
-"""Three models for 28×28 digits. They take uint8 images: a quarter of the bytes to move to a GPU."""
+"""Three models for 28×28 digits, and the learning rate of each of their steps."""
 
 import argparse
+import math
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-# Mean and standard deviation of MNIST's 60,000 training images, pixels scaled to 0…1.
-MEAN, STD = 0.1307, 0.3081
+MEAN, STD = 0.1307, 0.3081  # of the pixels of MNIST's 60,000 training images, scaled to 0…1
 
 
 class Normalized(nn.Module):
-    """Turns uint8 images into normalised floats on the device, then calls `net`.
-
-    Input uint8 (batch, 28, 28); output logits (batch, 10) in the dtype of `net`'s parameters.
-    """
+    """`net`'s logits (batch, 10) for uint8 images (batch, 28, 28): a quarter of the bytes to move."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -25,10 +23,7 @@ class Normalized(nn.Module):
 
 
 def cnn(args: argparse.Namespace) -> nn.Module:
-    """Two convolutions and two linear layers, 206,922 parameters.
-
-    No dropout, no batch norm: a sample's gradient does not depend on its batch, nor a step on the world size.
-    """
+    """Two convolutions, two linear layers, 206,922 parameters; no sample's gradient depends on its batch."""
     return nn.Sequential(
         *(nn.Conv2d(1, 16, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -37,10 +32,7 @@ def cnn(args: argparse.Namespace) -> nn.Module:
 
 
 def resnet18(args: argparse.Namespace) -> nn.Module:
-    """torchvision's ResNet-18 (He et al., 2015) for one input channel, 11,175,370 parameters.
-
-    Its batch norm sees each rank's own part of the batch: results depend on the world size.
-    """
+    """torchvision's ResNet-18 (He et al., 2015), 11,175,370 parameters; a rank's batch norm sees its part."""
     from torchvision.models import resnet18
 
     net = resnet18(num_classes=10)
@@ -49,10 +41,9 @@ def resnet18(args: argparse.Namespace) -> nn.Module:
 
 
 def vit(args: argparse.Namespace) -> nn.Module:
-    """torchvision's VisionTransformer (Dosovitskiy et al., 2020), by default small enough for a CPU.
+    """torchvision's VisionTransformer (Dosovitskiy et al., 2020): 139,018 parameters, or as flags say.
 
-    One input channel, 16 patches of 7×7 pixels, `args.vit_depth` blocks of width `args.vit_width`, no
-    dropout; heads 64 wide as in the paper, but at least four of them. 139,018 parameters at 64×4.
+    16 patches of 7×7 pixels, `--vit-depth` blocks, no dropout; heads 64 wide as in the paper, at least four.
     """
     from torchvision.models import VisionTransformer
 
@@ -72,14 +63,25 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
-    """The model that the flags ask for, initialised from the global random state.
-
-    In float64 with `--precision float64` (the same numbers, cast), else float32. `--compile` compiles it in
-    place: the names of its parameters stay what they are.
-    """
+    """The model that the flags ask for, from the global random state: float64 has float32's numbers, cast."""
     model: nn.Module = Normalized(MODELS[args.model](args))
     if args.precision == "float64":
         model = model.double()
     if args.compile:
-        model.compile()
+        model.compile()  # in place: the names of its parameters stay what they are
     return model
+
+
+def set_learning_rate(optimizer: Optimizer, args: argparse.Namespace, step: int, steps: int) -> None:
+    """Set the rate and AdamW's betas for `step`, counted from 0, of the run's `steps`.
+
+    With `--schedule one-cycle` the rate rises from `--lr` / 25 to `--lr` in 30 % of the run, then falls to 0:
+    halves of a cosine (Smith, 2018, arxiv.org/abs/1803.09820; torch's OneCycleLR). Its betas remember less.
+    """
+    rate, betas = args.lr, (0.9, 0.999)
+    if args.schedule == "one-cycle":
+        done, betas = min(1.0, step / steps), (0.7, 0.9)
+        low, fallen = (0.04, 1 - done / 0.3) if done < 0.3 else (0.0, (done - 0.3) / 0.7)
+        rate *= low + (1 - low) * (1 + math.cos(math.pi * fallen)) / 2
+    for group in optimizer.param_groups:
+        group.update(lr=rate, betas=betas)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 def fail(message: str) -> NoReturn:
     """Print `error: message` and exit with status 2: for what the user can put right.
 
-    Ranks mostly meet the same mistake. Local rank 0 says it; the launcher ends the others (SIGTERM)
-    meanwhile. A rank that is not ended was alone with its mistake.
+    Ranks mostly meet the same mistake. Local rank 0 says it while the others wait to be ended (SIGTERM) by
+    the launcher: one that is not was alone with its mistake.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # from which torchrun's summary has it
         said = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -144,8 +144,7 @@ def count_gpus() -> int:
 def pick_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 0) -> torch.device:
     """The device of one of this machine's processes: GPU number `local_rank`, or its share of the cores.
 
-    `use_gpu` None takes GPUs if there are any, 1 falls back to the CPU with a warning. `fail`s when there are
-    more processes (`local_world_size`, by default torchrun's) than GPUs.
+    `use_gpu` 1 without a GPU is a warning. `fail`s with more processes (by default torchrun's) than GPUs.
     """
     os.environ["LOCAL_RANK"] = str(local_rank)
     local_world_size = local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -32,8 +32,7 @@ class Control:
     """Lets all ranks stop after the same step when one of them is told to.
 
     A rank that left alone would let the others wait in their next collective. So the ranks vote, over gloo,
-    beside the training: a vote begins in one step and is read in the next, when it has long been counted. A
-    rank whose launcher is gone (killed with SIGKILL) votes for SIGTERM.
+    beside the training: a vote begun in one step is read in the next. A rank without launcher votes SIGTERM.
     """
 
     signal = 0  # the last that this process has had
@@ -79,10 +78,9 @@ class Control:
 
 
 def arrange_buckets(trainer: Any) -> None:
-    """A backward pass that trains nothing: DDP arranges its buckets after the first one, for good.
+    """A backward pass that trains nothing: after the first one DDP arranges its buckets, for good.
 
-    Three ranks or more add in an order that depends on a gradient's place in its bucket: a resumed run, whose
-    first step is another, would differ in the last bit. This draws no random numbers, and starts no workers.
+    They decide in which order ranks add: a resumed run, whose first step is another, would differ by a bit.
     """
     batch = next(iter(DataLoader(trainer.train_data, 2, collate_fn=tuple, generator=torch.Generator())))
     trainer.model.eval()
@@ -138,9 +136,8 @@ def disk_mates(folder: Path) -> list[int]:
 def let_go() -> None:
     """In the `finally` before `destroy_process_group`: lets that work, and keeps the first error in sight.
 
-    An error that comes of another rank's end says nothing about the cause. It waits: the launcher shows the
-    first rank's error and ends this rank. If nothing does, this error is all there is. While something holds
-    a group (DDP, the frames of a traceback), gloo's threads go on, and may abort the process as Python ends.
+    An error that comes of another rank's end waits: the launcher shows the first rank's and ends this rank.
+    While DDP or a traceback's frames hold a group, gloo's threads go on, and may abort Python as it ends.
     """
     error = cause = sys.exception()
     if isinstance(error, RuntimeError):

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile, schedule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.options import fail, warn
 
 LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a report, and only there
-SKIPPED, PROFILED = 7, 3  # steps: the first ones warm up, and a trace of many is slow to look at
 
 
 class Reporter:
@@ -34,14 +34,20 @@ class Reporter:
             fail(f"a step takes {self.global_batch} images, {args.dataset} has {samples}: lower --batch-size")
         self.steps = args.epochs * (samples // self.global_batch)  # of the run
         self.images, self.seconds = 0, 0.0
-        self.metrics = None
-        if self.rank == 0 and args.metrics:
-            try:
+        self.metrics = self.profiler = None
+        try:
+            if self.rank == 0 and args.metrics:
                 args.metrics.parent.mkdir(parents=True, exist_ok=True)
                 self.metrics = args.metrics.open("a")  # a resumed run goes on in the same file
-            except OSError as error:
-                fail(f"cannot write --metrics {args.metrics}: {error.strerror}; choose another file")
-        self.profiler = start_profiler(args, self.rank) if args.profile else None
+            if args.profile:
+                args.profile.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot write {error.filename}: {error.strerror}; choose another --metrics or --profile")
+        if args.profile:
+            trace = str(args.profile / f"{args.step}-rank-{self.rank}.json")  # for ui.perfetto.dev
+            plan = schedule(wait=5, warmup=2, active=3, repeat=1)  # the first steps are slower than the rest
+            self.profiler = profile(schedule=plan, on_trace_ready=lambda it: it.export_chrome_trace(trace))
+            self.profiler.start()
         micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
             f"{args.step}: {args.model} on {args.dataset}, {device.type}, {args.precision}, "
@@ -97,12 +103,11 @@ class Reporter:
         now = time.perf_counter()
         images, seconds, self.mark = len(losses) * self.global_batch, now - self.mark, now
         self.images, self.seconds = self.images + images, self.seconds + seconds
-        loss, rate = sum(losses) / len(losses), images / seconds
+        loss, rate = sum(losses) / len(losses), round(images / seconds)
         place = f"epoch {epoch + 1}/{self.args.epochs}  step {global_step}"
-        self.say(f"{place}  loss {loss:.4f}  {rate:,.0f} images/s")
+        self.say(f"{place}  loss {loss:.4f}  {rate:,} images/s")
         self.detail(f"step {global_step}: {len(losses)} batches of {self.rank_batch} in {seconds:.2f} s")
-        numbers = {"loss": loss, "images_per_s": round(rate), "losses": losses}
-        self.write("train", epoch=epoch, global_step=global_step, **numbers)
+        self.write("train", epoch=epoch, global_step=global_step, loss=loss, images_per_s=rate, losses=losses)
 
     def evaluation(self, epochs: int, global_step: int, losses: float, right: float, count: float) -> None:
         """Report a test after so many epochs: the sum of `count` losses, how many answers were `right`."""
@@ -121,20 +126,7 @@ class Reporter:
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.profiler:
             self.profiler.stop()
-            if self.profiler.step_num < SKIPPED:
-                warn(f"no trace in {self.args.profile}: it begins {SKIPPED} steps after the start")
+            if self.profiler.step_num < 7:
+                warn(f"no trace in {self.args.profile}: it begins 7 steps after the start")
         if self.args.caveat:
             warn(self.args.caveat)
-
-
-def start_profiler(args: argparse.Namespace, rank: int) -> torch.profiler.profile:
-    """Let torch.profiler write what this rank does in a few steps to `--profile`: for ui.perfetto.dev."""
-    try:
-        args.profile.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot make --profile {args.profile}: {error.strerror}; choose another folder")
-    trace = str(args.profile / f"{args.step}-rank-{rank}.json")
-    plan = torch.profiler.schedule(wait=SKIPPED - 2, warmup=2, active=PROFILED, repeat=1)
-    profiler = torch.profiler.profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(trace))
-    profiler.start()
-    return profiler

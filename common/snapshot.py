@@ -1,8 +1,7 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
-A snapshot is `snapshot-<global step, 8 digits>.pt`, a dictionary in `torch.save`'s format, the same for
-steps 01 to 04. After the last byte that `torch.load` reads comes the CRC-32 of all before it. Step 05's is
-a folder, see 05_fsdp/sharded.py; 05_fsdp/convert.py makes one of the other.
+A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, and after its
+last byte the CRC-32 of all before. Step 05's is a folder, see 05_fsdp/sharded.py.
 """
 
 import argparse
@@ -124,8 +123,8 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
 
     A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when it is
-    of another run, precision, seed or format, or the folder can't be written. With `read_shards`, instead
-    of `read`, snapshots are folders. `fail`s, too, if ranks must start `alike` and do not.
+    of another run, precision, seed or format, when the folder can't be written, or when ranks must start
+    `alike` and do not. With `read_shards`, in place of `read`, snapshots are folders.
     """
     folder, sharded = args.snapshot_dir, read_shards is not None
     check_folder(folder)
@@ -168,10 +167,9 @@ def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
 
 
 def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
-    """Go on from a snapshot: with this rank's random numbers, at an image that all ranks can begin with.
+    """Go on from a snapshot, with this rank's random numbers: returns epoch, samples seen in it, global step.
 
-    Returns epoch, samples seen in it, global step. With other ranks or devices random numbers begin anew,
-    from seed, step and rank, and samples seen are rounded up to a multiple of the ranks: few are left out.
+    With other ranks or devices random numbers begin anew, and samples are rounded up to a multiple of ranks.
     """
     ranks, epoch, step = report.world_size, state["epoch"], state["global_step"]
     on_gpu = report.device.type != "cpu"

@@ -10,8 +10,8 @@ SIDE = 28
 POINTS_PER_STROKE = 48  # close enough for neighbouring dots of the pen to merge into a line
 CHUNK = 512  # digits drawn at once: keeps the intermediates near 100 MB, however many digits are asked for
 
-# The ways to write each digit. A glyph lists the control points its pen visits, "xy" on a ten-by-ten grid
-# with y pointing down; "/" lifts the pen, and a point given twice makes a corner where one makes a curve.
+# The ways to write each digit: the points "xy" that a pen visits on a ten-by-ten grid, y pointing down; "/"
+# lifts the pen, and a point given twice makes a corner where one makes a curve.
 GLYPHS = {
     0: ["50 31 25 38 59 78 85 71 50"],
     1: ["50 54 59", "32 50 50 54 59"],
@@ -29,9 +29,8 @@ GLYPHS = {
 def synthetic_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw `count` labelled digits, white on black; the same arguments always give the same bytes.
 
-    Returns `images`, uint8 of shape (count, 28, 28) from 0 (black) to 255 (white), and `labels`, int64
-    of shape (count,) from 0 to 9, shuffled, with equally many of each class to within one. The global
-    random state is neither read nor changed.
+    Returns `images`, uint8 (count, 28, 28) from 0 (black) to 255 (white), and shuffled `labels`, int64
+    (count,), equally many of each to within one. The global random state is neither read nor changed.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randperm(count, generator=generator) % 10
@@ -71,8 +70,7 @@ def _draw(glyph: str, n: int, generator: torch.Generator) -> Tensor:
     path = path + room * uniform(-1.0, 1.0, 1, 1, 2)
     # More ink than white can show: the core of a stroke saturates and only its edge stays soft.
     ink = (1.6 * _ink(path, pen.squeeze(1))).clamp(max=1.0)
-    grain = uniform(0.8, 1.0, SIDE, SIDE)
-    return (255 * ink * grain).round().to(torch.uint8)
+    return (255 * ink * uniform(0.8, 1.0, SIDE, SIDE)).round().to(torch.uint8)  # grainy
 
 
 def _ink(path: Tensor, pen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from common.snapshot import REMEDY, write
 ALL = list(FOLDERS)
 LONG = "long" * 1300  # no file system takes such a name
 DIGITS = "--num-samples=128"
+ANOTHER = "choose another --metrics or --profile"
 
 # One rank as torchrun would start it. Port 0: any free one, which is enough for a rank that is alone.
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
@@ -130,9 +131,9 @@ FLAGS = {
     f"{DIGITS} --snapshot-dir=/proc/nowhere": "cannot write to /proc/nowhere",
     f"{DIGITS} --snapshot-dir=/proc": "cannot write to /proc",
     f"{DIGITS} --snapshot-dir={LONG}": f"File name too long; {REMEDY}",
-    f"{DIGITS} --profile=file/below": "cannot make --profile file/below: Not a directory; choose another",
-    f"{DIGITS} --metrics=/dev/null/x": "cannot write --metrics /dev/null/x: File exists",
-    f"{DIGITS} --metrics=.": "cannot write --metrics .: Is a directory",
+    f"{DIGITS} --profile=file/below": f"cannot write file/below: Not a directory; {ANOTHER}",
+    f"{DIGITS} --metrics=/dev/null/x": "cannot write /dev/null: File exists; choose another --metrics",
+    f"{DIGITS} --metrics=.": "cannot write .: Is a directory; choose another --metrics",
     f"{DIGITS} --metrics={LONG}": "File name too long",
 }
 

@@ -180,7 +180,7 @@ def test_the_ladder_gives_the_sizes():
     assert longest <= 100
     common = sum(len(path.read_text().splitlines()) for path in (ROOT / "common").glob("*.py"))
     print(f"common has {common} lines")
-    assert common <= 1000
+    assert common <= 950
 
 
 PLUMBING = r"\bsignal\b|\bgc\b|\btraceback\b|getppid|sleep|_pg_registry|crc32|\bglobal\b"

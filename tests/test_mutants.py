@@ -3,10 +3,12 @@
 import os
 import random
 import re
+import sys
 import threading
 
 import mutants
 import pytest
+from helpers import finish, start
 from mutants import PYTHON, REPORT, ROOT, Lane, in_lanes, known, mutants_of, reason
 
 SAMPLE = 40
@@ -77,6 +79,16 @@ def test_the_report_knows_this_code():
     unknown = [str(mutant) for mutant in tried if mutant.key not in results and not reason(mutant)]
     print(f"{len(unknown)} of {len(tried)} are not known: make mutants", *unknown, sep="\n")
     assert len(unknown) <= len(tried) / 10
+
+
+def test_the_tests_that_the_report_names_are_there():
+    """One that has another name now would end its mutant's trial, and be found only when it is drawn."""
+    words = ["-o", "addopts=", "--all", "--collect-only", "--quiet", "tests"]
+    status, out, err = finish(start([sys.executable, "-m", "pytest", *words], ROOT))
+    assert status == 0, err
+    there = {name for line in out.splitlines() for name in (line, line.split("[")[0], line.split("::")[0])}
+    named = {test for test in known().values() if test.startswith("tests/test_")}
+    assert len(named) > 100 and named <= there, sorted(named - there)
 
 
 def test_the_readme_gives_the_reports_figures():

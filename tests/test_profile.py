@@ -43,5 +43,5 @@ def test_a_run_that_ends_too_soon_says_that_there_is_no_trace(tmp_path):
         flags = [*own, "--batch-size=10", "--epochs=1", "--use-gpu=0"]
         status, out, err = finish(start([*command("01", 1), *flags], tmp_path))
         assert status == 0 and f"{steps} steps" in out
-        told = "warning: no trace in 6: it begins 7 steps after the start" in err.splitlines()
+        told = f"warning: no trace in {steps}: it begins 7 steps after the start" in err.splitlines()
         assert len(list((tmp_path / str(steps)).iterdir())) == steps - 6 and told == (steps == 6)

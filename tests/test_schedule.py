@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import FOLDERS, GROWN, SHARDED, disagreements, largest_difference, ranks_of, train
 
-from common.models import build_model
-from common.schedule import set_learning_rate
+from common.models import build_model, set_learning_rate
 from common.snapshot import snapshots
 from common.synthetic import synthetic_digits
 
