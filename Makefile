@@ -3,7 +3,7 @@
 # make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
-# make bench  what loading the data, step 05's flags, and a slow link (as root) cost
+# make bench  each step beside what it could be, in 20 minutes; make docs  draws the pages' pictures
 # What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ DATA_DIR ?= data
 GPU_PRETEND ?= no
 VENV := .venv/bin
 
-.PHONY: train test test-all gpu soak mutants bench lint clean
+.PHONY: train test test-all gpu soak mutants bench docs lint clean
 
 train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
@@ -34,9 +34,10 @@ mutants: .venv/installed-dev
 	$(VENV)/python tests/mutants.py --data-dir $(DATA_DIR) $(ARGS)
 
 bench: .venv/installed
-	$(VENV)/python benchmarks/overhead.py --data-dir $(DATA_DIR) $(ARGS)
-	$(VENV)/python benchmarks/fsdp_flags.py
-	$(VENV)/python benchmarks/slow_link.py
+	$(VENV)/python benchmarks/bench.py --data-dir $(DATA_DIR) $(ARGS)
+
+docs: .venv/installed
+	$(VENV)/python docs/build.py
 
 lint: .venv/installed-dev
 	$(VENV)/ruff check .

@@ -27,25 +27,10 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
-from benchmarks.textbook import Pictures  # noqa: E402
+from benchmarks.textbook import Pictures, big_net  # noqa: E402
 from common.mnist import Digits, load_mnist  # noqa: E402
 from common.models import MEAN, STD, Normalized, cnn, set_learning_rate  # noqa: E402
 from common.options import fail, whole_number  # noqa: E402
-
-
-def big_net() -> nn.Module:
-    """The net of pytorch/examples: two convolutions without padding, dropout, 1,199,882 parameters."""
-    return nn.Sequential(
-        *(
-            nn.Conv2d(1, 32, 3),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Dropout2d(0.25),
-        ),
-        *(nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
-    )
 
 
 def small_net() -> nn.Module:

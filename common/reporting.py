@@ -1,6 +1,7 @@
 """What a run tells its reader: lines, on a terminal a progress bar, and the metrics file."""
 
 import argparse
+import atexit
 import json
 import os
 import socket
@@ -47,7 +48,7 @@ class Reporter:
             trace = str(args.profile / f"{args.step}-rank-{self.rank}.json")  # for ui.perfetto.dev
             plan = schedule(wait=5, warmup=2, active=3, repeat=1)  # the first steps are slower than the rest
             self.profiler = profile(schedule=plan, on_trace_ready=lambda it: it.export_chrome_trace(trace))
-            self.profiler.start()
+            atexit.register(self.profiler.stop)  # and is kept: freed beside a process group, it may crash
         micro = f"{args.accumulate} × " if args.accumulate > 1 else ""
         self.say(
             f"{args.step}: {args.model} on {args.dataset}, {device.type}, {args.precision}, "
@@ -86,7 +87,8 @@ class Reporter:
         bar = tqdm(loader, title, leave=False, file=sys.stdout, disable=hidden, unit=" steps")
         for self.batch, batch in enumerate(bar, start=1):
             yield batch
-            if self.profiler:
+            if self.profiler:  # which may crash if it ends while gloo's threads write down what they did
+                time.sleep(0.1 * (self.profiler.step_num == 9))
                 self.profiler.step()
 
     def is_due(self) -> bool:
@@ -124,9 +126,7 @@ class Reporter:
         done = f"done: {self.images:,} images in {self.seconds:.1f} s of training, {rate:,.0f} images/s"
         self.say(done if self.images else left)
         self.write("end", global_step=global_step, images_per_s=round(rate), seconds=round(self.seconds, 3))
-        if self.profiler:
-            self.profiler.stop()
-            if self.profiler.step_num < 7:
-                warn(f"no trace in {self.args.profile}: it begins 7 steps after the start")
+        if self.profiler and self.profiler.step_num < 7:
+            warn(f"no trace in {self.args.profile}: it begins 7 steps after the start")
         if self.args.caveat:
             warn(self.args.caveat)

@@ -46,3 +46,107 @@ def test_the_page_gives_what_was_recorded(record):
     recipe = load(ROOT / "benchmarks" / "speedrun.py").RECIPE
     assert all(flag.replace("=", " ") in page for flag in recipe) and len(recipe) == 4
     assert len(record["accuracies"]) == record["n"] >= 30 and record["mean"] >= 99.0
+
+
+def bench_records():
+    """What `make bench` has recorded, by machine."""
+    files = [
+        path for path in (ROOT / "benchmarks" / "results").glob("*.json") if path.with_suffix(".md").exists()
+    ]
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+@pytest.mark.slow
+def test_the_bench_still_runs(mnist_dir, tmp_path):
+    """All its rows, but for those of larger models."""
+    out = tmp_path / "found.json"
+    words = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), "--quick", f"--out={out}"]
+    status, said, err = finish(start([*words, f"--data-dir={mnist_dir}"], tmp_path))
+    print(said, err)
+    assert status == 0 and out.with_suffix(".md").read_text() in said
+    record = json.loads(out.read_text())
+    [recorded, *_] = bench_records().values()
+    assert record.keys() == recorded.keys()
+    names = [re.sub(r"[\d,]+ MB", "", row["name"]) for row in recorded["rows"]]
+    small = [name for name in names if not re.search("resnet18|vit", name)]
+    assert [re.sub(r"[\d,]+ MB", "", row["name"]) for row in record["rows"]] == small
+    assert all(
+        0 < ratio < 1000 for row in record["rows"] for ratio in row["ratios"] if "less" not in row["name"]
+    )
+
+
+def test_the_bench_was_recorded_whole():
+    """Every row with its goal, and the table is that of the record."""
+    bench = load(ROOT / "benchmarks" / "bench.py")
+    assert bench_records()
+    for machine, record in bench_records().items():
+        assert (ROOT / "benchmarks" / "results" / f"{machine}.md").read_text() == bench.table(record)
+        goals = {row["name"]: row["goal"] for row in record["rows"]}
+        assert sum(goal == 0.97 for goal in goals.values()) == 5 * 3 * 2
+        assert sorted(goal for goal in goals.values() if goal and goal != 0.97) == [
+            *(0.5, 0.75, 0.93, 1.0, 2.0, 2.5, 2.5, 5, 15, 40)
+        ]
+
+
+def test_alpha_and_beta_are_found():
+    predict = load(ROOT / "benchmarks" / "predict.py")
+    points = [(size, 1e-4 + 2e-9 * size) for size in (1 << power for power in range(10, 20))]
+    assert predict.fit(points) == pytest.approx((1e-4, 2e-9))
+
+
+def test_what_a_rank_holds_was_predicted_to_the_byte():
+    record = json.loads((ROOT / "benchmarks" / "results" / "prediction.json").read_text())
+    measured = [row for row in record["bytes"] if "measured" in row]
+    assert [row["ranks"] for row in measured] == [1, 2, 3, 4]
+    assert all(row["states"] == row["measured"] for row in measured)
+
+
+@pytest.mark.slow
+def test_what_is_on_paper_is_what_was_recorded(tmp_path):
+    words = [sys.executable, str(ROOT / "benchmarks" / "predict.py"), "--paper"]
+    status, out, err = finish(start(words, tmp_path))
+    assert status == 0, err
+    found = json.loads(out)
+    record = json.loads((ROOT / "benchmarks" / "results" / "prediction.json").read_text())
+    assert found["bytes"] == [row for row in record["bytes"] if "measured" not in row]
+    for ours, theirs in zip(found["paper"], record["paper"], strict=True):
+        assert ours == pytest.approx(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["02", "04", "05"])
+def test_a_timeline_shows_when_ranks_talk(step):
+    """DDP in the last backward pass of a step, FSDP in every pass; nobody waits for nothing."""
+    timeline = load(ROOT / "benchmarks" / "timeline.py")
+    for parts in timeline.timeline(step)["ranks"]:
+        passes = {kind: [part[1:] for part in parts if part[0] == kind] for kind in timeline.KINDS}
+        micro = 4 if step == "04" else 1
+        assert len(passes["forward"]) == len(passes["backward"]) == micro
+        talks = passes["collective"]
+        begins = passes["forward"][0][0] if step == "05" else passes["backward"][-1][0]
+        assert talks and all(begins <= begin < end for begin, end in talks)
+        assert all(any(a < end and begin < b for a, b in talks) for begin, end in passes["waiting"])
+        assert passes["optimizer"][-1][0] >= passes["backward"][-1][1]
+
+
+def test_the_pages_have_the_tables_of_the_records():
+    build = load(ROOT / "docs" / "build.py")
+    marked = []
+    for page in (ROOT / "docs").glob("*.md"):
+        marked += re.findall(r"^<!-- table: (\w+) -->$", page.read_text(), re.M)
+        assert build.filled(page.read_text()) == page.read_text(), f"{page.name}: make docs"
+    assert sorted(marked) == sorted(build.TABLES)
+
+
+def test_the_pictures_are_drawn_alike_each_time(tmp_path):
+    """All of them, for a light and for a dark page; and each is on a page, in both."""
+    build = load(ROOT / "docs" / "build.py")
+    for folder in ("once", "twice"):
+        build.main(tmp_path / folder)
+    names = sorted(path.name for path in build.PICTURES.iterdir())
+    assert names == sorted(f"{name}-{theme}.png" for name in build.DRAWN for theme in build.THEMES)
+    pages = "".join(page.read_text() for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("0*/README.md")])
+    for name in names:
+        once, twice = ((tmp_path / folder / name).read_bytes() for folder in ("once", "twice"))
+        assert once == twice and len(once) > 5000, name
+        assert f"docs/pictures/{name}" in pages or f'"pictures/{name}' in pages, name

@@ -1,0 +1,182 @@
+"""What bench.py times inside of a step's own ranks: an epoch, a vote, a save, each beside the bare work.
+
+    python benchmarks/in_rank.py 01 CELLS                                             # bench.py starts these
+    torchrun --standalone --nproc-per-node=2 benchmarks/in_rank.py 03 CELLS
+
+CELLS is JSON: a list of objects with `measure` (`loop` or `save`), `rounds`, `images` (of a rank in an epoch)
+and `flags` of the step. Each cell builds what the step's `main` builds, and takes turns (A B A B …). Rank 0
+prints, for each cell, one line of JSON that begins with `cell: `.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from common.options import count_gpus, pick_device  # noqa: E402
+from common.ranks import Control, let_go  # noqa: E402
+from common.snapshot import snapshots  # noqa: E402
+
+
+def load(step: str) -> ModuleType:
+    """A step's train.py, as a module."""
+    [path] = ROOT.glob(f"{step}_*/train.py")
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("script", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    sys.argv[0] = str(path)
+    return script
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long all ranks take, who begin together, until the last one has done its work."""
+    together()
+    begun = time.perf_counter()
+    work()
+    together()
+    return time.perf_counter() - begun
+
+
+def together() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
+    """An epoch's batches of this rank, on the device, and a loop over them that does nothing else."""
+    model, optimizer = getattr(trainer, "ddp_model", trainer.model), trainer.optimizer
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    size = trainer.args.batch_size
+    rows = torch.randperm(len(trainer.train_data), generator=torch.Generator().manual_seed(0))
+    own = rows[rank::ranks].split(size)
+    data = trainer.train_data
+    batches = [(data.images[some].to(trainer.device), data.labels[some].to(trainer.device)) for some in own]
+
+    def bare() -> None:
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    return batches, bare
+
+
+def loop(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds of an epoch of the step, and of the same on batches that lie ready; and those of a vote."""
+    trainer.control = Control()
+    vote, votes = trainer.control.asked_to_stop, []
+
+    def timed() -> int:
+        begun = time.perf_counter()
+        stop = vote()
+        votes.append(time.perf_counter() - begun)
+        return int(stop)
+
+    trainer.control.asked_to_stop = timed
+    batches, bare = bare_loop(trainer)
+    trainer.model.train()
+    bare()  # the first steps are slow
+    pairs = [(seconds(trainer.run_epoch), seconds(bare)) for _ in range(rounds)]
+    images = sum(len(labels) for _, labels in batches) * trainer.report.world_size
+    return {"pairs": pairs, "images": images, "vote": sum(votes) / len(votes)}
+
+
+def save(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds for which a save stops the training, and for copying as many bytes to the same disk.
+
+    In step 05 every rank writes its shards, and the bytes are those of rank 0.
+    """
+    sharded = hasattr(trainer, "saver")
+    trainer.run_batch(trainer.train_data[: trainer.args.batch_size])  # or the optimizer has no state yet
+    folder = trainer.args.snapshot_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    content, pairs = b"", []
+
+    def copy() -> None:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    for _ in range(rounds + 1):
+        trainer.global_step += 1
+        pause = seconds(trainer.save_snapshot)
+        if sharded:
+            trainer.saver.wait()
+        [newest, *_] = snapshots(folder, sharded)
+        rank = dist.get_rank() if sharded else 0
+        content = (
+            b"".join(path.read_bytes() for path in newest.glob(f"__{rank}_*"))
+            if sharded
+            else newest.read_bytes()
+        )
+        pairs.append((pause, seconds(copy)))
+    return {"pairs": pairs[1:], "bytes": len(content)}  # the first ones make buffers
+
+
+def one(
+    script: ModuleType, cell: dict[str, Any], device: torch.device, ranks: int, folder: str
+) -> dict[str, Any]:
+    """Let a step's `main` build all it needs, and measure in the place of training."""
+    found: dict[str, Any] = {}
+    measure = {"loop": loop, "save": save}[cell["measure"]]
+    script.Trainer.train = lambda trainer: found.update(measure(trainer, cell["rounds"]))
+    own = [f"--num-samples={cell['images'] * ranks}", f"--use-gpu={int(device.type != 'cpu')}"]
+    sys.argv[1:] = [*own, f"--snapshot-dir={folder}", "--epochs=1000", *cell["flags"]]
+    args = script.parse_args()
+    script.main(args, device) if dist.is_initialized() else script.main(args)
+    return found
+
+
+def end() -> None:
+    let_go()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main(step: str, cells: list[dict[str, Any]]) -> None:
+    script = load(step)
+    rank, local_rank, ranks = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = pick_device(None if count_gpus() >= ranks else 0, local_rank)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    with contextlib.ExitStack() as stack:
+        if step != "01":
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            stack.callback(end)
+        folder = [stack.enter_context(tempfile.TemporaryDirectory()) if rank == 0 else ""]
+        if step != "01":
+            dist.broadcast_object_list(folder)
+        for number, cell in enumerate(cells):
+            found = one(script, cell, device, ranks, f"{folder[0]}/{number}")
+            if rank == 0:
+                print("cell: " + json.dumps({**cell, "step": step, **found}), flush=True)
+        together()  # or rank 0 would take the folder from the others
+        if step == "05":
+            sys.modules["switches"].forget_meshes()
+
+
+if __name__ == "__main__":
+    which, asked = sys.argv[1:]
+    main(which, json.loads(asked))
