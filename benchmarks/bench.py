@@ -1,7 +1,7 @@
 """What the steps cost, each beside what it could be: one table of ratios, with the goal of each.
 
     python benchmarks/bench.py --data-dir data            # with no other work on the machine
-    python benchmarks/bench.py --data-dir data --quick    # few images, one round: only whether it runs
+    python benchmarks/bench.py --data-dir data --quick    # few images, no textbook: only whether it runs
 
 Both sides of a row take turns (A B A B …), because other programs disturb single timings. A ratio is the
 median of the turns, behind it their range. The last line says where all of it is written, as JSON and as a
@@ -232,10 +232,9 @@ def snapshots(args: argparse.Namespace) -> list[Row]:
 
 def time_to(args: argparse.Namespace) -> list[Row]:
     """Seconds from the start of the process to 98.5 and 99 %, a textbook's script beside the speed-run."""
-    short = ["--num-samples=640", "--epochs=1"] if args.quick else ["--epochs=8"]
-    words = [sys.executable, str(ROOT / "benchmarks" / "textbook.py"), f"--data-dir={args.data_dir}", *short]
+    words = [sys.executable, str(ROOT / "benchmarks" / "textbook.py"), f"--data-dir={args.data_dir}"]
     begun, theirs = time.perf_counter(), []
-    process = subprocess.Popen([*words, "--until=99"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*words, "--epochs=8", "--until=99"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:  # after each epoch, the accuracy
         theirs.append((time.perf_counter() - begun, float(line)))
@@ -272,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
     os.environ.pop("OMP_NUM_THREADS", None)  # as whoever starts the scripts would have it
     args.rounds = 1 if args.quick else 3
     begun, rows = time.perf_counter(), []
-    for part in PARTS:
+    for part in PARTS[:-1] if args.quick else PARTS:
         rows += part(args)
         minutes = round((time.perf_counter() - begun) / 60, 1)
         print(f"{minutes} minutes: {part.__name__}", file=sys.stderr, flush=True)
