@@ -34,13 +34,15 @@ from torchvision import transforms  # noqa: E402
 from benchmarks import speedrun, textbook  # noqa: E402
 from common.mnist import fast, load_mnist  # noqa: E402
 from common.models import MEAN, STD  # noqa: E402
-from common.options import fail  # noqa: E402
+from common.options import count_gpus, fail  # noqa: E402
 
-RANKS = 2
+GPUS = count_gpus()
+RANKS = min(2, GPUS) or 2
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-BIG = ["--model=vit", "--vit-width=768", "--vit-depth=12", "--batch-size=8"]  # 57 million parameters
+BIG = ["--vit-width=768", "--vit-depth=12"]  # a vit of 57 million parameters
 IMAGES = {"cnn": 4096, "resnet18": 512, "vit": 2048}  # of a rank in an epoch: about a second on one core
 CELLS = [*itertools.product(IMAGES, (64, 512))]
+STEPS_ON_GPU = {64: 100, 512: 40}  # in an epoch, by batch
 
 
 @dataclass
@@ -87,32 +89,52 @@ def in_ranks(step: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("cell: ")) for line in lines if line.startswith("cell: ")]
 
 
+def cells_of(step: str, quick: bool) -> list[tuple[str, int]]:
+    """Model, with flags behind its name, and batch size of each loop that is timed."""
+    if quick:
+        return CELLS[:2]
+    if not GPUS:
+        return CELLS
+    compiled = [("cnn --compile", 64), ("vit --compile", 64)] if step == "01" else []
+    return [*CELLS, *compiled, (" ".join(["vit", *BIG]), 512)]  # the last keeps a GPU busy
+
+
 def loops(args: argparse.Namespace) -> list[Row]:
     """An epoch of each step beside the bare work on batches that lie ready; and the vote in it."""
-    rows, votes, cells = [], [], CELLS[:2] if args.quick else CELLS
+    rows, votes = [], []
     for step in ("01", "02", "03", "04", "05"):
-        asked = []
+        cells = cells_of(step, args.quick)
+        asked: list[dict[str, Any]] = []
         for model, size in cells:
-            images = size if args.quick else IMAGES[model]
-            flags = [f"--model={model}", f"--batch-size={size}"]
+            images = STEPS_ON_GPU[size] * size if GPUS else IMAGES[model]
+            flags = [f"--batch-size={size}", "--model", *model.split()]
             rounds = 9 if size == 64 and model != "resnet18" else 3  # short steps are noisy
-            rounds = 1 if args.quick else rounds
-            asked.append({"measure": "loop", "rounds": rounds, "images": images, "flags": flags})
+            cell: dict[str, Any] = {"measure": "loop", "rounds": rounds, "images": images, "flags": flags}
+            asked.append(cell | {"rounds": 1, "images": size} if args.quick else cell)
         for (model, size), cell in zip(cells, in_ranks(step, asked), strict=True):
             epoch = statistics.median(ours for ours, _ in cell["pairs"])
             ratios = [bare / ours for ours, bare in cell["pairs"]]
-            name = f"step {step}, {model}, batch {size}: its speed beside the bare loop's"
+            bare = "one CUDA graph" if GPUS else "bare loop"
+            name = f"step {step}, {model}, batch {size}: its speed beside the {bare}'s"
             steps = cell["images"] / size / (1 if step == "01" else RANKS)
-            more = 1e3 * statistics.median(ours - bare for ours, bare in cell["pairs"]) / steps
-            why = (
-                f"{more:.1f} ms a step more for what the bare loop leaves out: loading, the vote, the report"
+            rows.append(
+                Row(name, 0.97, ratios, f"{cell['images'] / epoch:,.0f} images/s", why=spent(cell, steps))
             )
-            rows.append(Row(name, 0.97, ratios, f"{cell['images'] / epoch:,.0f} images/s", why=why))
             if step != "01" and (model, size) == CELLS[0]:  # the shortest steps
                 share = cell["vote"] * steps / epoch
                 name = f"step {step}, {model}, batch {size}: the vote on stopping, beside the step"
                 votes.append(Row(name, None, [share], f"{1e6 * cell['vote']:,.0f} µs"))
     return rows + votes
+
+
+def spent(cell: dict[str, Any], steps: float) -> str:
+    """Where the time of a step goes, of which an epoch has so many."""
+    if "kernels" not in cell:
+        more = 1e3 * statistics.median(ours - bare for ours, bare in cell["pairs"]) / steps
+        return f"{more:.1f} ms a step more for what the bare loop leaves out: loading, the vote, the report"
+    whole = 1e3 * statistics.median(ours for ours, _ in cell["pairs"]) / steps
+    busy = f"computes for {1e3 * cell['busy']:.2f} of {whole:.2f} ms a step"
+    return f"the GPU {busy}; the CPU starts {cell['kernels']:.0f} kernels one by one"
 
 
 def data_path(args: argparse.Namespace) -> list[Row]:
@@ -154,7 +176,9 @@ def rate(starts: list[list[str]], images: int, size: int) -> float:
 
 
 def side_by_side(args: argparse.Namespace) -> list[Row]:
-    """Two ranks beside two processes that know nothing of each other; step 05 beside step 03."""
+    """Two ranks beside two processes that know nothing of each other; step 05 beside step 03. On CPUs."""
+    if GPUS:
+        return []
     apart = [[sys.executable, script("01")]] * RANKS
     step_03, step_05 = ([[*TORCHRUN, script(step)]] for step in ("03", "05"))
     rows = []
@@ -174,7 +198,8 @@ def side_by_side(args: argparse.Namespace) -> list[Row]:
 def first_step(words: list[str]) -> float:
     """Seconds from the start of a command to the report of its first step, which is its last, too."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"--snapshot-dir={folder}", f"--num-samples={64 * RANKS}", "--epochs=1", "--use-gpu=0"]
+        own = [f"--snapshot-dir={folder}", f"--num-samples={64 * RANKS}", "--epochs=1"]
+        own.append(f"--use-gpu={min(1, GPUS)}")
         begun = time.perf_counter()
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # or torchrun says that it sets this
         process = subprocess.Popen([*words, *own], stdout=subprocess.PIPE, text=True, env=env)
@@ -206,6 +231,8 @@ def start_up(args: argparse.Namespace) -> list[Row]:
         name = f"step {step}: seconds from its start to its first step, less those of `import torch`"
         over = [turn[place] - turn[0] for turn in turns]
         why = "torch is imported by the launcher, too, and again by each rank"
+        if GPUS:
+            why = "besides, CUDA is set up, and each kernel loaded when it is first used"
         rows.append(Row(name, goal, over, f"{took:.2f} and {importing:.2f} s", at_most=True, why=why))
     return rows
 
@@ -218,7 +245,7 @@ def snapshots(args: argparse.Namespace) -> list[Row]:
         "05": "the shards are copied in memory, and this disk is hardly slower than the memory",
     }
     for step, goal in (("01", 2.0), ("05", 0.5)):
-        flags = ["--batch-size=8"] if args.quick else BIG
+        flags = ["--batch-size=8", *([] if args.quick else ["--model=vit", *BIG])]
         rounds = 1 if args.quick else 7  # a disk is slow now and then
         [cell] = in_ranks(step, [{"measure": "save", "rounds": rounds, "images": 8, "flags": flags}])
         pause, copy = map(statistics.median, zip(*cell["pairs"], strict=True))

@@ -8,6 +8,7 @@ and `flags` of the step. Each cell builds what the step's `main` builds, and tak
 prints, for each cell, one line of JSON that begins with `cell: `.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -26,7 +27,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
+from common.models import build_model  # noqa: E402
 from common.options import count_gpus, pick_device  # noqa: E402
 from common.ranks import Control, let_go  # noqa: E402
 from common.snapshot import snapshots  # noqa: E402
@@ -61,7 +65,10 @@ def together() -> None:
 
 
 def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
-    """An epoch's batches of this rank, on the device, and a loop over them that does nothing else."""
+    """An epoch's batches of this rank, on the device, and a loop over them that does nothing else.
+
+    On a GPU it is the loop of a single process, and its step is one CUDA graph.
+    """
     model, optimizer = getattr(trainer, "ddp_model", trainer.model), trainer.optimizer
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -77,7 +84,49 @@ def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
-    return batches, bare
+    return batches, graph(trainer, batches) if trainer.device.type == "cuda" else bare
+
+
+def graph(trainer: Any, batches: list[Any]) -> Callable[[], None]:
+    """The loop over the batches as a GPU could do it at best: the CPU starts a step's kernels all at once."""
+    args = argparse.Namespace(**{**vars(trainer.args), "compile": False})
+    model = build_model(args).to(trainer.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True, capturable=True)
+    images, labels = (tensor.clone() for tensor in batches[0])  # a graph reads where it has read before
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # as pytorch.org/docs/stable/notes/cuda.html has it
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(beside)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+
+    def bare() -> None:
+        for some_images, some_labels in batches:
+            images.copy_(some_images)
+            labels.copy_(some_labels)
+            captured.replay()
+
+    return bare
+
+
+def on_the_gpu(trainer: Any, batch: Any, steps: int = 5) -> dict[str, float]:
+    """Of one step: how many kernels and copies there are, and the seconds that they take."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            trainer.run_batch(batch)
+        torch.accelerator.synchronize()
+    own = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    busy = sum(event.time_range.elapsed_us() for event in own) / 1e6
+    return {"kernels": len(own) / steps, "busy": busy / steps}
 
 
 def loop(trainer: Any, rounds: int) -> dict[str, Any]:
@@ -97,7 +146,10 @@ def loop(trainer: Any, rounds: int) -> dict[str, Any]:
     bare()  # the first steps are slow
     pairs = [(seconds(trainer.run_epoch), seconds(bare)) for _ in range(rounds)]
     images = sum(len(labels) for _, labels in batches) * trainer.report.world_size
-    return {"pairs": pairs, "images": images, "vote": sum(votes) / len(votes)}
+    found = {"pairs": pairs, "images": images, "vote": sum(votes) / len(votes)}
+    if trainer.device.type == "cuda":
+        found |= on_the_gpu(trainer, batches[0])
+    return found
 
 
 def save(trainer: Any, rounds: int) -> dict[str, Any]:

@@ -24,10 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.options import fail, whole_number  # noqa: E402
+from common.options import count_gpus, fail, whole_number  # noqa: E402
 
 GLOBAL_BATCH = 256
 RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle", "--smoothing=0.1"]
@@ -69,10 +71,11 @@ def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float
 
 
 def machine() -> str:
-    """What the processor calls itself, and how many cores there are."""
+    """What GPU and processor call themselves, and how many cores there are."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    gpu = f"{torch.cuda.get_device_name(0)}, " if count_gpus() and torch.cuda.is_available() else ""
+    return f"{gpu}{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -92,13 +92,17 @@ def rate(epoch: Callable[[], None], images: int, rounds: int, device: torch.devi
     return round(images / statistics.median(seconds[1:]))
 
 
+def on_gpu(device: torch.device) -> dict[str, Any]:
+    """What the textbook's loader is given more, where there is a GPU."""
+    more = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
+    return more if device.type != "cpu" else {}
+
+
 def textbook(args: argparse.Namespace, device: torch.device, digits: Digits, batch_size: int) -> int:
     """Images per second of the textbook's loop."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    on_gpu: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
-    loader: DataLoader[Any] = DataLoader(
-        Pictures(digits, transform), batch_size, shuffle=True, **(on_gpu if device.type != "cpu" else {})
-    )
+    pictures = Pictures(digits, transform)
+    loader: DataLoader[Any] = DataLoader(pictures, batch_size, shuffle=True, **on_gpu(device))
     model = cnn(args).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     return rate(lambda: train(model, device, loader, optimizer, 10), len(digits), args.rounds, device)
@@ -114,20 +118,23 @@ def bare(args: argparse.Namespace, device: torch.device, digits: Digits, batch_s
     return rate(lambda: train(model, device, batches, optimizer, None), count, args.rounds, device)
 
 
-def until(percent: float, epochs: int, digits: Digits, test: Digits) -> None:
+def until(percent: float, epochs: int, device: torch.device, digits: Digits, test: Digits) -> None:
     """Print the accuracy after each epoch, until it is reached; all is as in pytorch/examples."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True)
-    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000)
-    model = big_net()
+    workers = on_gpu(device)
+    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **workers)
+    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **workers)
+    model = big_net().to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     for _ in range(epochs):
-        train(model, torch.device("cpu"), loader, optimizer, 10)
+        train(model, device, loader, optimizer, 10)
         scheduler.step()
         model.eval()
         with torch.no_grad():
-            right = sum(int((model(data).argmax(1) == target).sum()) for data, target in test_loader)
+            right = 0
+            for data, target in test_loader:
+                right += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
         print(100 * right / len(test), flush=True)
         if 100 * right >= percent * len(test):
             return
@@ -144,7 +151,7 @@ def main() -> None:
     device = pick_device(args.use_gpu)
     digits, test = load_mnist(args.data_dir, args.num_samples)
     if args.until:
-        return until(args.until, args.epochs, digits, test)
+        return until(args.until, args.epochs, device, digits, test)
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     print(
         json.dumps(

@@ -26,6 +26,7 @@ MARKS = {
     "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
     "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
 }
+ENDED = pytest.StashKey[str]()  # of a test: how, and after how many seconds
 # What is started from here begins with Ctrl-C as it is by default, however `make test` was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -65,6 +66,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Say which promise a test that fails is about; with --no-skips, fail where it would be skipped."""
     report = yield
+    if report.when == "call" or not report.passed:
+        how = f"x{report.outcome}" if hasattr(report, "wasxfail") else report.outcome
+        item.stash[ENDED] = f"{how}, {report.duration:.0f} s"
     if report.skipped and item.config.getoption("--no-skips"):
         report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
     if report.failed:

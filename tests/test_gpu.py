@@ -3,8 +3,9 @@
     make gpu                        one card is enough, with torch, torchvision, pytest and tqdm
     make gpu GPU_PRETEND=cpu        the same tests without a GPU, smaller, so that each line of them runs
 
-`make gpu` writes what it measured to benchmarks/results/<card>.json, a pretence to a temporary folder. It
-fails where there is no GPU; `make test-all` pretends there, and `make test` leaves these tests out.
+`make gpu` writes what it measured, and how each test ended, to benchmarks/results/<card>.json, a pretence to
+a temporary folder. Where only some are run (ARGS="-k …"), that of the others stays as it is. It fails where
+there is no GPU; `make test-all` pretends there, and `make test` leaves these tests out.
 
 Each run is a real process: a fork (tests/forks.py) of what has touched CUDA cannot use it. Such a start takes
 ten seconds, so runs that do not disturb each other run together.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ENDED
 from filelock import FileLock
 from helpers import (
     FOLDERS,
@@ -56,7 +58,7 @@ if WISH == "no" and not REAL:
 
 CARDS = torch.cuda.device_count() if REAL else 2
 DEVICE = "cuda" if REAL else "cpu"
-AT_ONCE = max(2, min(8, (os.cpu_count() or 1) // 2)) if REAL else 2  # runs; each has one thread
+AT_ONCE = max(2, min(16, os.cpu_count() or 1)) if REAL else 2  # runs; each has one thread
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(CARDS)))
 
 pytestmark = pytest.mark.gpu
@@ -121,7 +123,7 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def record(request, tmp_path_factory):
     """What is measured, by name; written when the tests are over."""
     name = torch.cuda.get_device_name(0) if REAL else "pretended"
@@ -137,11 +139,13 @@ def record(request, tmp_path_factory):
         f"Python {platform.python_version()}",
     }
     yield facts
-    facts["failed_tests"] = request.session.testsfailed
     folder = ROOT / "benchmarks" / "results" if WISH == "no" else tmp_path_factory.mktemp("results")
     folder.mkdir(exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-')}.json"
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    before = json.loads(path.read_text()) if path.exists() else {"tests": {}}
+    ours = [item for item in request.session.items if item.path == Path(__file__)]
+    facts["tests"] = before["tests"] | {item.name: item.stash[ENDED] for item in ours if ENDED in item.stash}
+    path.write_text(json.dumps(before | facts, indent=1) + "\n")
 
 
 def test_every_step_runs_in_every_precision(whole):
@@ -366,8 +370,7 @@ def test_the_speed_is_recorded(request, record, tmp_path):
                 of[size].append(event["images_per_s"])
         rates[name] = {size: statistics.median(reports) for size, reports in of.items()}
     words = [sys.executable, str(ROOT / "benchmarks" / "textbook.py"), "--batch-sizes=64,256,1024"]
-    loops = data[:1] if REAL else [*data[:1], "--rounds=1"]
-    process = begin(words, tmp_path, *loops)
+    process = begin(words, tmp_path, data[0], "--rounds=1")
     status, out, err = finish(process, 300)
     assert status == 0, err
     rates |= {name: {int(size): n for size, n in of.items()} for name, of in json.loads(out).items()}
