@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ GPUS = count_gpus()
 RANKS = min(2, GPUS) or 2
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 BIG = ["--vit-width=768", "--vit-depth=12"]  # a vit of 57 million parameters
-IMAGES = {"cnn": 4096, "resnet18": 512, "vit": 2048}  # of a rank in an epoch: about a second on one core
+IMAGES = {"cnn": 4096, "resnet18": 256, "vit": 2048}  # of a rank in an epoch: about a second on one core
 CELLS = [*itertools.product(IMAGES, (64, 512))]
-STEPS_ON_GPU = {64: 100, 512: 40}  # in an epoch, by batch
+STEPS_ON_GPU = {64: 100, 512: 15}  # in an epoch, by batch
 
 
 @dataclass
@@ -89,27 +89,24 @@ def in_ranks(step: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("cell: ")) for line in lines if line.startswith("cell: ")]
 
 
-def cells_of(step: str, quick: bool) -> list[tuple[str, int]]:
+def cells_of(quick: bool) -> list[tuple[str, int]]:
     """Model, with flags behind its name, and batch size of each loop that is timed."""
     if quick:
         return CELLS[:2]
     if not GPUS:
         return CELLS
-    compiled = [("cnn --compile", 64), ("vit --compile", 64)] if step == "01" else []
-    return [*CELLS, *compiled, (" ".join(["vit", *BIG]), 512)]  # the last keeps a GPU busy
+    return [*CELLS, (" ".join(["vit", *BIG]), 512)]  # which keeps a GPU busy
 
 
-def loops(args: argparse.Namespace) -> list[Row]:
+def loops(args: argparse.Namespace) -> Iterator[Row]:
     """An epoch of each step beside the bare work on batches that lie ready; and the vote in it."""
-    rows, votes = [], []
+    votes, cells = [], cells_of(args.quick)
     for step in ("01", "02", "03", "04", "05"):
-        cells = cells_of(step, args.quick)
         asked: list[dict[str, Any]] = []
         for model, size in cells:
-            images = STEPS_ON_GPU[size] * size if GPUS else IMAGES[model]
+            images = STEPS_ON_GPU[size] * size if GPUS else max(size, IMAGES[model])
             flags = [f"--batch-size={size}", "--model", *model.split()]
-            rounds = 9 if size == 64 and model != "resnet18" else 3  # short steps are noisy
-            cell: dict[str, Any] = {"measure": "loop", "rounds": rounds, "images": images, "flags": flags}
+            cell: dict[str, Any] = {"measure": "loop", "rounds": 9, "images": images, "flags": flags}
             asked.append(cell | {"rounds": 1, "images": size} if args.quick else cell)
         for (model, size), cell in zip(cells, in_ranks(step, asked), strict=True):
             epoch = statistics.median(ours for ours, _ in cell["pairs"])
@@ -117,14 +114,12 @@ def loops(args: argparse.Namespace) -> list[Row]:
             bare = "one CUDA graph" if GPUS else "bare loop"
             name = f"step {step}, {model}, batch {size}: its speed beside the {bare}'s"
             steps = cell["images"] / size / (1 if step == "01" else RANKS)
-            rows.append(
-                Row(name, 0.97, ratios, f"{cell['images'] / epoch:,.0f} images/s", why=spent(cell, steps))
-            )
+            yield Row(name, 0.97, ratios, f"{cell['images'] / epoch:,.0f} images/s", why=spent(cell, steps))
             if step != "01" and (model, size) == CELLS[0]:  # the shortest steps
                 share = cell["vote"] * steps / epoch
                 name = f"step {step}, {model}, batch {size}: the vote on stopping, beside the step"
                 votes.append(Row(name, None, [share], f"{1e6 * cell['vote']:,.0f} µs"))
-    return rows + votes
+    yield from votes
 
 
 def spent(cell: dict[str, Any], steps: float) -> str:
@@ -137,7 +132,7 @@ def spent(cell: dict[str, Any], steps: float) -> str:
     return f"the GPU {busy}; the CPU starts {cell['kernels']:.0f} kernels one by one"
 
 
-def data_path(args: argparse.Namespace) -> list[Row]:
+def data_path(args: argparse.Namespace) -> Iterator[Row]:
     """Batches of our loader beside those of torchvision's usual one."""
     digits, _ = load_mnist(Path(args.data_dir), 640 if args.quick else None)
     how = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
@@ -154,7 +149,7 @@ def data_path(args: argparse.Namespace) -> list[Row]:
     pairs = [(drain(ours), drain(usual)) for _ in range(args.rounds)]
     fastest, slower = (statistics.median(side) for side in zip(*pairs, strict=True))
     name = "loading, batch 64: ours beside a picture and two transforms for each image"
-    return [Row(name, 40, [a / b for a, b in pairs], f"{fastest:,.0f} and {slower:,.0f} images/s")]
+    yield Row(name, 40, [a / b for a, b in pairs], f"{fastest:,.0f} and {slower:,.0f} images/s")
 
 
 def rate(starts: list[list[str]], images: int, size: int) -> float:
@@ -175,24 +170,22 @@ def rate(starts: list[list[str]], images: int, size: int) -> float:
     return float(sum(end["images_per_s"] for end in ends))
 
 
-def side_by_side(args: argparse.Namespace) -> list[Row]:
+def side_by_side(args: argparse.Namespace) -> Iterator[Row]:
     """Two ranks beside two processes that know nothing of each other; step 05 beside step 03. On CPUs."""
     if GPUS:
-        return []
+        return
     apart = [[sys.executable, script("01")]] * RANKS
     step_03, step_05 = ([[*TORCHRUN, script(step)]] for step in ("03", "05"))
-    rows = []
     for size, goal in ((64, 0.75), (512, 0.93)):
-        images = RANKS * (size if args.quick else 8192)
+        images = RANKS * (size if args.quick else 4096)
         turns = [[rate(each, images, size) for each in (apart, step_03, step_05)] for _ in range(args.rounds)]
         alone, ddp, fsdp = map(statistics.median, zip(*turns, strict=True))
         name = f"cnn, batch {size}: two ranks of step 03 beside two processes apart"
         why = "the all-reduce of 0.83 MB, on the same two cores"
         figure = f"{ddp:,.0f} and {alone:,.0f} images/s"
-        rows.append(Row(name, goal, [b / a for a, b, _ in turns], figure, why=why))
+        yield Row(name, goal, [b / a for a, b, _ in turns], figure, why=why)
         name = f"cnn, batch {size}: two ranks of step 05 beside two of step 03"
-        rows.append(Row(name, None, [c / b for _, b, c in turns], f"{fsdp:,.0f} and {ddp:,.0f} images/s"))
-    return rows
+        yield Row(name, None, [c / b for _, b, c in turns], f"{fsdp:,.0f} and {ddp:,.0f} images/s")
 
 
 def first_step(words: list[str]) -> float:
@@ -211,7 +204,7 @@ def first_step(words: list[str]) -> float:
     return took
 
 
-def start_up(args: argparse.Namespace) -> list[Row]:
+def start_up(args: argparse.Namespace) -> Iterator[Row]:
     """Seconds from the start of a command to its first step, over those of `import torch`."""
 
     def imports() -> float:
@@ -225,7 +218,6 @@ def start_up(args: argparse.Namespace) -> list[Row]:
         "03": [*TORCHRUN, script("03")],
     }
     turns = [[imports(), *map(first_step, words.values())] for _ in range(args.rounds)]
-    rows = []
     for place, (step, goal) in enumerate({"01": 1.0, "02": 2.5, "03": 2.5}.items(), start=1):
         importing, took = (statistics.median(turn[at] for turn in turns) for at in (0, place))
         name = f"step {step}: seconds from its start to its first step, less those of `import torch`"
@@ -233,13 +225,11 @@ def start_up(args: argparse.Namespace) -> list[Row]:
         why = "torch is imported by the launcher, too, and again by each rank"
         if GPUS:
             why = "besides, CUDA is set up, and each kernel loaded when it is first used"
-        rows.append(Row(name, goal, over, f"{took:.2f} and {importing:.2f} s", at_most=True, why=why))
-    return rows
+        yield Row(name, goal, over, f"{took:.2f} and {importing:.2f} s", at_most=True, why=why)
 
 
-def snapshots(args: argparse.Namespace) -> list[Row]:
+def snapshots(args: argparse.Namespace) -> Iterator[Row]:
     """For how long a save stops the training, beside writing as many bytes."""
-    rows = []
     whys = {
         "01": "the file is made in memory, and summed up, before the disk sees it",
         "05": "the shards are copied in memory, and this disk is hardly slower than the memory",
@@ -253,11 +243,10 @@ def snapshots(args: argparse.Namespace) -> list[Row]:
         name = f"step {step}: pause for a snapshot, beside writing the {cell['bytes'] / 1e6:,.0f} MB {what}"
         ratios = [a / b for a, b in cell["pairs"]]
         figure = f"{pause:.2f} and {copy:.2f} s"
-        rows.append(Row(name, goal, ratios, figure, at_most=True, why=whys[step]))
-    return rows
+        yield Row(name, goal, ratios, figure, at_most=True, why=whys[step])
 
 
-def time_to(args: argparse.Namespace) -> list[Row]:
+def time_to(args: argparse.Namespace) -> Iterator[Row]:
     """Seconds from the start of the process to 98.5 and 99 %, a textbook's script beside the speed-run."""
     words = [sys.executable, str(ROOT / "benchmarks" / "textbook.py"), f"--data-dir={args.data_dir}"]
     begun, theirs = time.perf_counter(), []
@@ -268,19 +257,17 @@ def time_to(args: argparse.Namespace) -> list[Row]:
     if process.wait():
         fail("the textbook's script has ended with an error: it says why, above")
     words = [sys.executable, str(ROOT / "benchmarks" / "speedrun.py"), f"--data-dir={args.data_dir}"]
-    ours = json.loads(run([*words, f"--seeds={args.rounds}"]).splitlines()[-1])
-    rows = []
+    ours = json.loads(run([*words, "--seeds=3"]).splitlines()[-1])
     for percent, goal in ((98.5, 5), (99.0, 15)):
         reached = [second for second, accuracy in theirs if accuracy >= percent]
         took, more = (reached[0], "") if reached else (theirs[-1][0], "more than ")
         name = f"from start to {percent:g} %: a textbook's script beside the speed-run"
         figure = f"{more}{took:.0f} s, and {ours['wall_seconds']:.1f} s for {ours['mean']:.2f} %"
         why = "a lucky seed of the textbook's script, which has one run"
-        rows.append(Row(name, goal, [took / ours["wall_seconds"]], figure, why=why))
-    return rows
+        yield Row(name, goal, [took / ours["wall_seconds"]], figure, why=why)
 
 
-PARTS: list[Callable[[argparse.Namespace], list[Row]]] = [
+PARTS: list[Callable[[argparse.Namespace], Iterator[Row]]] = [
     *(loops, data_path, side_by_side, start_up, snapshots, time_to)
 ]
 
@@ -296,18 +283,19 @@ def table(record: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     os.environ.pop("OMP_NUM_THREADS", None)  # as whoever starts the scripts would have it
-    args.rounds = 1 if args.quick else 3
-    begun, rows = time.perf_counter(), []
-    for part in PARTS[:-1] if args.quick else PARTS:
-        rows += part(args)
-        minutes = round((time.perf_counter() - begun) / 60, 1)
-        print(f"{minutes} minutes: {part.__name__}", file=sys.stderr, flush=True)
+    args.rounds = 1 if args.quick or GPUS else 3
     record: dict[str, Any] = {"machine": speedrun.machine(), "torch": importlib.metadata.version("torch")}
-    record |= {"minutes": minutes, "rows": [asdict(row) for row in rows]}
-    print(table(record))
     name = re.sub(r"\W+", "-", record["machine"]).strip("-").lower()
     out = args.out or ROOT / "benchmarks" / "results" / f"{name}.json"
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    begun, rows = time.perf_counter(), []
+    for part in PARTS[:-1] if args.quick else PARTS:
+        for row in part(args):
+            rows.append(asdict(row))
+            minutes = round((time.perf_counter() - begun) / 60, 1)
+            print(f"{minutes} minutes: {' | '.join(row.cells())}", file=sys.stderr, flush=True)
+            record |= {"minutes": minutes, "rows": rows}  # written each time: it may be ended early
+            out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
     out.with_suffix(".md").write_text(table(record))
     print(f"written: {out}, and the same as .md")
 

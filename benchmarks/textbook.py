@@ -1,19 +1,14 @@
-"""What the speed of the steps is measured beside: a textbook's loop, and the bare one.
+"""A textbook's script, which the speed of the steps is measured beside.
 
-    python benchmarks/textbook.py --data-dir data --batch-sizes 64,256,1024
-    python benchmarks/textbook.py --data-dir data --until 99 --epochs 8
+    python benchmarks/textbook.py --data-dir data --epochs 8 --until 99
 
-The textbook's is written as github.com/pytorch/examples trains on MNIST: a picture and two transforms for
-each image, one worker process, `loss.item()` every ten batches. The bare one has its batches on the device
-before it starts. Both train the steps' `cnn`. Prints one line of JSON: images/s at each batch size.
+It is written as github.com/pytorch/examples trains on MNIST: its net and its optimizer, a picture and two
+transforms for each image, `loss.item()` every ten batches, and on a GPU one worker process. After each epoch
+it prints the accuracy in percent, until that is reached or the epochs are over.
 """
 
-import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 from common.mnist import Digits, load_mnist  # noqa: E402
-from common.models import MEAN, STD, build_model, cnn  # noqa: E402
+from common.models import MEAN, STD  # noqa: E402
 from common.options import make_parser, pick_device  # noqa: E402
 
 
@@ -61,106 +56,41 @@ class Pictures(Dataset[Any]):
         return self.transform(picture), int(self.digits.labels[index])
 
 
-def train(
-    model: torch.nn.Module,
-    device: torch.device,
-    loader: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
-    log_every: int | None,
-) -> None:
-    """One epoch; with `log_every`, the CPU waits for the loss in every so many batches."""
-    model.train()
-    for index, (data, target) in enumerate(loader):
-        data, target = data.to(device), target.to(device)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(data), target)
-        loss.backward()
-        optimizer.step()
-        if log_every and index % log_every == 0:
-            loss.item()
-
-
-def rate(epoch: Callable[[], None], images: int, rounds: int, device: torch.device) -> int:
-    """Images per second, the median of some epochs; the one before them is not counted."""
-    seconds = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        epoch()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return round(images / statistics.median(seconds[1:]))
-
-
-def on_gpu(device: torch.device) -> dict[str, Any]:
-    """What the textbook's loader is given more, where there is a GPU."""
-    more = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
-    return more if device.type != "cpu" else {}
-
-
-def textbook(args: argparse.Namespace, device: torch.device, digits: Digits, batch_size: int) -> int:
-    """Images per second of the textbook's loop."""
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    pictures = Pictures(digits, transform)
-    loader: DataLoader[Any] = DataLoader(pictures, batch_size, shuffle=True, **on_gpu(device))
-    model = cnn(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    return rate(lambda: train(model, device, loader, optimizer, 10), len(digits), args.rounds, device)
-
-
-def bare(args: argparse.Namespace, device: torch.device, digits: Digits, batch_size: int) -> int:
-    """Images per second of a loop that loads and reports nothing."""
-    count = len(digits) // batch_size * batch_size
-    rows = torch.randperm(len(digits))[:count].split(batch_size)
-    batches = [(digits.images[some].to(device), digits.labels[some].to(device)) for some in rows]
-    model = build_model(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
-    return rate(lambda: train(model, device, batches, optimizer, None), count, args.rounds, device)
-
-
-def until(percent: float, epochs: int, device: torch.device, digits: Digits, test: Digits) -> None:
-    """Print the accuracy after each epoch, until it is reached; all is as in pytorch/examples."""
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    workers = on_gpu(device)
-    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **workers)
-    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **workers)
-    model = big_net().to(device)
-    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
-    for _ in range(epochs):
-        train(model, device, loader, optimizer, 10)
-        scheduler.step()
-        model.eval()
-        with torch.no_grad():
-            right = 0
-            for data, target in test_loader:
-                right += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
-        print(100 * right / len(test), flush=True)
-        if 100 * right >= percent * len(test):
-            return
-
-
 def main() -> None:
     parser = make_parser(__file__, __doc__ or "")
     parser.add_argument(
-        "--batch-sizes", default="64,256,1024", metavar="N,N", help="64,256,1024 unless given"
+        "--until", type=float, default=100.0, metavar="X", help="end when X %% are right (100)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="epochs that are timed (3)")
-    parser.add_argument("--until", type=float, metavar="X", help="instead, train until X %% are right")
     args = parser.parse_args()
     device = pick_device(args.use_gpu)
     digits, test = load_mnist(args.data_dir, args.num_samples)
-    if args.until:
-        return until(args.until, args.epochs, device, digits, test)
-    sizes = [int(size) for size in args.batch_sizes.split(",")]
-    print(
-        json.dumps(
-            {
-                loop.__name__: {size: loop(args, device, digits, size) for size in sizes}
-                for loop in (textbook, bare)
-            }
-        )
-    )
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    on_gpu: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
+    how = on_gpu if device.type != "cpu" else {}
+    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **how)
+    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **how)
+    model = big_net().to(device)
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
+    for _ in range(args.epochs):
+        model.train()
+        for index, (data, target) in enumerate(loader):
+            data, target = data.to(device), target.to(device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(data), target)
+            loss.backward()
+            optimizer.step()
+            if index % 10 == 0:
+                loss.item()
+        scheduler.step()
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for data, target in test_loader:
+                right += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
+        print(100 * right / len(test), flush=True)
+        if 100 * right >= args.until * len(test):
+            return
 
 
 if __name__ == "__main__":

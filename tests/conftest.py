@@ -67,7 +67,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Say which promise a test that fails is about; with --no-skips, fail where it would be skipped."""
     report = yield
     if report.when == "call" or not report.passed:
-        how = f"x{report.outcome}" if hasattr(report, "wasxfail") else report.outcome
+        how = report.outcome
+        if hasattr(report, "wasxfail"):
+            how = "failed as expected" if report.skipped else "passed, which was not expected"
         item.stash[ENDED] = f"{how}, {report.duration:.0f} s"
     if report.skipped and item.config.getoption("--no-skips"):
         report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"

@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,43 +339,6 @@ def test_the_allocator_agrees_with_the_table_of_bytes(record, tmp_path):
     room = 128 * 2**20
     print(f"shards {shards:,}, the table's peak {peak:,}, the allocator's {allocator:,} bytes")
     assert shards <= allocator <= peak + room
-
-
-SIZES = (64, 256, 1024)
-
-
-def at_each_size(step):
-    """An edit of a train.py: in one process, train at each batch size, with snapshots of its own."""
-    space, arguments = ("    ", "args") if step == "01" else ("        ", "args, device")
-    calls = f"{space}main({'parse_args()' if step == '01' else arguments})\n"
-    parses = "    args = parse_args()\n" if step == "01" else ""
-    folder = f"{space}    args.snapshot_dir = Path(f'batch-{{args.batch_size}}')\n"
-    return calls, f"{parses}{space}for args.batch_size in {SIZES}:\n{folder}{space}    main({arguments})\n"
-
-
-def test_the_speed_is_recorded(request, record, tmp_path):
-    """Images/s at three batch sizes, one run at a time, beside a textbook's loop and a bare one."""
-    # An epoch's first steps pay for what is loaded late: the median of the reports leaves them out.
-    digits = request.getfixturevalue("data_dir")
-    data = [f"--data-dir={digits}", "--epochs=3"] if REAL else ["--num-samples=1100", "--epochs=1"]
-    rates = {}
-    for step, name in FOLDERS.items():
-        root = planted(tmp_path / "root" / step, step, at_each_size(step))
-        of = {size: [] for size in SIZES}
-        for event in train(step, tmp_path / step, *data, root=root).events:
-            if event["event"] == "start":
-                size = event["batch_size"]
-            elif event["event"] == "train":
-                of[size].append(event["images_per_s"])
-        rates[name] = {size: statistics.median(reports) for size, reports in of.items()}
-    words = [sys.executable, str(ROOT / "benchmarks" / "textbook.py"), "--batch-sizes=64,256,1024"]
-    process = begin(words, tmp_path, data[0], "--rounds=1")
-    status, out, err = finish(process, 300)
-    assert status == 0, err
-    rates |= {name: {int(size): n for size, n in of.items()} for name, of in json.loads(out).items()}
-    record["images_per_s"] = rates
-    print(json.dumps(rates, indent=1))
-    assert all(of.keys() == set(SIZES) for of in rates.values())
 
 
 def on_one_card(root, step, backend):
