@@ -48,6 +48,19 @@ def test_the_page_gives_what_was_recorded(record):
     assert len(record["accuracies"]) == record["n"] >= 30 and record["mean"] >= 99.0
 
 
+def test_the_page_gives_what_was_recorded_on_a_gpu():
+    record = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h200-speed.json").read_text())
+    page = (ROOT / "docs" / "speed.md").read_text()
+    loop, runs, steps = record["loop"], record["speedrun"]["runs"], record["steps_of_a_speedrun"]
+    ours, graph = (statistics.median(side) for side in zip(*loop["pairs"], strict=True))  # 100 steps
+    assert f"{10 * ours:.2f} ms ({6400 / ours:,.0f} images/s)" in page and f"{10 * graph:.2f} ms" in page
+    assert f"has {graph / ours:.0%}".replace("%", " %") in page and f"same {loop['kernels']} kernels" in page
+    assert f"leaves {loop['kernels_compiled']} kernels of the {loop['kernels']}" in page
+    for accuracy, training, wall in runs:
+        assert f"{accuracy} %" in page and f"{training} s of training" in page and f"{wall} s" in page
+    assert f"{steps['first'] / 1e3:.2f} s, because" in page and f"took {steps['median']:.1f} ms" in page
+
+
 def bench_records():
     """What `make bench` has recorded, by machine."""
     files = [

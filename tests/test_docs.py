@@ -1,7 +1,9 @@
 """What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say."""
 
+import datetime
 import difflib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -239,3 +241,22 @@ def test_the_environment_is_this_python():
         folder = str(Path(sys.executable).parent) if real else paths().partition(os.pathsep)[0]
         assert {str(Path(line).parent) for line in out[:2]} == {folder}
         assert out[2] == sys.executable
+
+
+def test_what_the_readme_says_of_gpus_is_recorded():
+    """Each test of `make gpu` has passed on the card, or the README says that it has not run."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA-H200.json").read_text())
+    page = (ROOT / "README.md").read_text()
+    assert all(ended.startswith(("passed, ", "failed as expected, ")) for ended in record["tests"].values())
+    assert [name for name, ended in record["tests"].items() if not ended.startswith("passed")] == [
+        "test_two_ranks_on_one_card_end_where_step_01_ends[nccl]"
+    ]
+    ran = {name.partition("[")[0] for name in record["tests"]}
+    tests = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.M))
+    assert ran <= tests and tests - ran == set(re.findall(r"`(test_\w+)`", page))
+    day = datetime.date.fromisoformat(record["date"])
+    torch = record["torch"].partition("+")[0]
+    assert f"On {day:%d %B %Y}, on one {record['card']}, with torch {torch} and NCCL {record['nccl']}" in page
+    assert max(record["weights_off_by"].values()) < 4e-15
+    *_, peak, allocator = record["memory"]["table"]
+    assert f"{peak / 1e6:.0f} MB, the allocator's peak was {allocator / 1e6:.0f} MB" in page
