@@ -223,7 +223,8 @@ def bytes_measured(ranks: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         own = [f"--snapshot-dir={folder}/s", f"--metrics={folder}/m", "--epochs=1", "--use-gpu=0"]
-        bench.run([*words, bench.script("05"), *bench.BIG, f"--num-samples={8 * ranks}", *own])
+        size = ["--model=vit", *bench.BIG, "--batch-size=8", f"--num-samples={8 * ranks}"]
+        bench.run([*words, bench.script("05"), *size, *own])
         events = [json.loads(line) for line in Path(folder, "m").read_text().splitlines()]
     row = [event["ranks"][0] for event in events if event["event"] == "memory"][-1]
     return int(sum(row[:3]))

@@ -1,0 +1,59 @@
+"""What exercise 02 promises."""
+
+import torch
+from judging import Promise, calls
+
+TOLD = "docs/prediction.md, and 02_multigpu_spawn/README.md, The process group"
+
+
+def own(rank, length):
+    """A rank's tensor, which any rank can compute."""
+    return torch.arange(1, length + 1, dtype=torch.float64) * 10**rank
+
+
+def total(ranks, length):
+    return sum(own(rank, length) for rank in range(ranks))
+
+
+def sums(theirs, rank, ranks):
+    return total(ranks, 6), theirs.ring_all_reduce(own(rank, 6))
+
+
+def ragged(theirs, rank, ranks):
+    return total(ranks, 7), theirs.ring_all_reduce(own(rank, 7))
+
+
+def unchanged(theirs, rank, ranks):
+    mine = own(rank, 6)
+    theirs.ring_all_reduce(mine)
+    return own(rank, 6), mine
+
+
+def neighbours(theirs, rank, ranks):
+    with calls(theirs) as called:
+        theirs.ring_all_reduce(own(rank, 6))
+    to = sorted({found["dst"] for _, found in called if "dst" in found})
+    return [(rank + 1) % ranks] if ranks > 1 else [], to
+
+
+def sent(theirs, rank, ranks):
+    with calls(theirs) as called:
+        theirs.ring_all_reduce(own(rank, 6))
+    numbers = sum(found["numbers"] for _, found in called if "dst" in found)
+    return {"numbers sent": 2 * (ranks - 1) * 6 // ranks}, {"numbers sent": numbers}
+
+
+def by_hand(theirs, rank, ranks):
+    with calls(theirs) as called:
+        theirs.ring_all_reduce(own(rank, 6))
+    return [], sorted({name for name, _ in called} - {"send", "recv", "isend", "irecv"})
+
+
+PROMISES = [
+    Promise("every rank has the sum of all ranks' tensors", sums, TOLD),
+    Promise("so it is when the length is no multiple of the number of ranks", ragged, TOLD),
+    Promise("the tensor that was given stays as it was", unchanged, TOLD),
+    Promise("only send and receive move numbers between ranks", by_hand, TOLD),
+    Promise("a rank sends to its right neighbour, and to nobody else", neighbours, TOLD),
+    Promise("a rank sends 2 (N - 1) chunks, not whole tensors", sent, TOLD),
+]

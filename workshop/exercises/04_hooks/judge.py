@@ -1,0 +1,87 @@
+"""What exercise 04 promises."""
+
+import torch
+import torch.nn.functional as F
+from judging import Promise, calls
+from torch import nn
+
+TOLD = "02_multigpu_spawn/README.md, The process group"
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+
+
+def own(rank, step=0):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(6, 4, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0])
+
+
+def backward(model, *batches):
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def large(ranks, step=0):
+    """The gradients of one large batch."""
+    model = net()
+    backward(model, *(own(rank, step) for rank in range(ranks)))
+    return gradients(model)
+
+
+def averaged(theirs, rank, ranks):
+    model = net()
+    ddp = theirs.Overlapped(model)
+    backward(model, own(rank))
+    ddp.finish()
+    return large(ranks), gradients(model)
+
+
+def second_step(theirs, rank, ranks):
+    model = net()
+    ddp = theirs.Overlapped(model)
+    for step in (0, 1):
+        backward(model, own(rank, step))
+        ddp.finish()
+    return large(ranks, 1), gradients(model)
+
+
+def under_way(theirs, rank, ranks):
+    """At the time when the first layer's backward pass begins, the last layer's all-reduces have begun."""
+    model, seen = net(), []
+    with calls(theirs) as called:
+        theirs.Overlapped(model)
+        model[1].register_full_backward_hook(
+            lambda *_: seen.append(sum(n == "all_reduce" for n, _ in called))
+        )
+        backward(model, own(rank))
+        after = sum(name == "all_reduce" for name, _ in called)
+    expected = {"begun before the first layer's gradient": 2, "begun when backward() is over": 4}
+    return expected, dict(zip(expected, (seen[0], after), strict=True))
+
+
+def frozen(theirs, rank, ranks):
+    model = net()
+    model[0].weight.requires_grad_(False)
+    ddp = theirs.Overlapped(model)
+    backward(model, own(rank))
+    ddp.finish()
+    expected = large(ranks)["2.weight"]
+    return [expected, "none"], [
+        model[2].weight.grad,
+        "none" if model[0].weight.grad is None else "a gradient",
+    ]
+
+
+PROMISES = [
+    Promise("after finish() the gradients are those of one large batch", averaged, TOLD),
+    Promise("so they are in the second step", second_step, TOLD),
+    Promise("the all-reduces begin while backward() still computes", under_way, TOLD),
+    Promise("a frozen parameter is passed over", frozen, TOLD),
+]

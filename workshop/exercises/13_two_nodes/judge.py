@@ -1,0 +1,82 @@
+"""What exercise 13 promises."""
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from judging import Promise
+
+TOLD = "04_multinode/README.md, The idea"
+
+
+def everywhere(mine, ranks):
+    found = [None] * ranks
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def folder(name, disk):
+    """The folder of a node whose disk has that number."""
+    path = Path(f"{name}-disk-{disk}")
+    path.mkdir(exist_ok=True)
+    dist.barrier()
+    return path
+
+
+def shared(theirs, rank, ranks):
+    found = everywhere(bool(theirs.saves(folder("shared", 0))), ranks)
+    return [True, False, False][:ranks], found
+
+
+def own(theirs, rank, ranks):
+    """Three ranks: 0 and 1 on one node, 2 on the other; two: one on each."""
+    disk = rank if ranks < 3 else rank // 2
+    found = everywhere(bool(theirs.saves(folder("own", disk))), ranks)
+    return ([True, False, True] if ranks == 3 else [True] * ranks), found
+
+
+def slow(theirs, rank, ranks):
+    """One rank looks late: its file system is slow."""
+    real = Path.exists
+
+    def late(self, **words):
+        time.sleep(0.2 if rank == ranks - 1 else 0.0)
+        return real(self, **words)
+
+    path = folder("slow", 0)
+    Path.exists = late
+    try:
+        mine = bool(theirs.saves(path))
+    finally:
+        Path.exists = real
+    return [True, False, False][:ranks], everywhere(mine, ranks)
+
+
+def late_mark(theirs, rank, ranks):
+    """One rank comes late."""
+    path = folder("late", 0)
+    time.sleep(0.2 if rank == 0 else 0.0)
+    return [True, False, False][:ranks], everywhere(bool(theirs.saves(path)), ranks)
+
+
+def clean(theirs, rank, ranks):
+    path = folder("clean", 0)
+    theirs.saves(path)
+    dist.barrier()
+    return [], sorted(each.name for each in path.iterdir())
+
+
+def again(theirs, rank, ranks):
+    """After a restart on the nodes' own disks."""
+    theirs.saves(folder("again", 0))
+    return [True] * ranks, everywhere(bool(theirs.saves(folder("again-own", rank))), ranks)
+
+
+PROMISES = [
+    Promise("one disk for all: rank 0 saves, and nobody else", shared, TOLD),
+    Promise("a disk in each node: the lowest rank of each node saves", own, TOLD),
+    Promise("so it is when rank 0 comes late", late_mark, TOLD),
+    Promise("so it is when the last rank looks late", slow, TOLD),
+    Promise("the folder is left as it was", clean, TOLD),
+    Promise("a second call finds out anew", again, TOLD),
+]

@@ -1,0 +1,276 @@
+"""Judges exercises that are whole scripts: "turn step N - 1 into step N".
+
+A learner's script is run as a step is: on 2 ranks for an epoch, then again for two, so that it has to go on
+from its snapshot, and on 3 ranks for two epochs at once. Both are compared with step 01, which is run beside
+them, in float64. Nothing is asked about how the script is written.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from judging import ROOT, Verdict
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from helpers import FOLDERS, SHARDED, Run, read_run
+
+from common.snapshot import snapshots
+
+GLOBAL_BATCH = 12
+STEPS = 3  # of an epoch: 47 images, of which 11 are left over, and 7 to test on
+FLAGS = ["--num-samples=47", "--precision=float64", "--use-gpu=0", "--snapshot-dir=snapshots"]
+FLAGS += ["--metrics=metrics.jsonl"]
+TOLERANCE = 1e-10  # as in the steps' own proof: sums in another order
+SECONDS = 8  # without a word, until a run counts as one that hangs
+
+
+@dataclass
+class Attempt:
+    """A run that has ended, well or not."""
+
+    status: int | None  # None: it had to be ended
+    out: str
+    err: str
+    run: Run | None
+
+
+class Attempts:
+    """The runs of one file, in a folder of their own."""
+
+    def __init__(self, step: str, file: Path, folder: Path):
+        self.step, self.folder = step, folder
+        # Where the script would lie in the repository, so that it finds `common` in the same way.
+        (folder / "workshop" / "mine").mkdir(parents=True)
+        for name in ("common", *FOLDERS.values()):
+            (folder / name).symlink_to(ROOT / name)
+        self.script = folder / "workshop" / "mine" / file.name
+        self.script.write_text(file.read_text())
+
+    def command(self, ranks: int) -> list[str]:
+        if self.step == "02":
+            return [sys.executable, str(self.script), f"--world-size={ranks}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, f"--nproc-per-node={ranks}", str(self.script)]
+
+    def start(self, name: str, words: list[str], *flags: str) -> tuple[str, Any]:
+        place = self.folder / name
+        place.mkdir(exist_ok=True)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with open(place / "out", "wb") as out, open(place / "err", "wb") as err:
+            return name, subprocess.Popen(
+                [*words, *FLAGS, *flags],
+                cwd=place,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, name: str, process: Any) -> Attempt:
+        """Until a run has ended, or has written nothing for a while."""
+        place = self.folder / name
+        heard, size = time.monotonic(), -1
+        while (status := process.poll()) is None and time.monotonic() < heard + SECONDS:
+            now = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
+            heard, size = (time.monotonic() if now != size else heard), now
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait(10)
+        out, err = ((place / stream).read_text(errors="replace") for stream in ("out", "err"))
+        run = read_run(name, place, out, err) if status == 0 and (place / "metrics.jsonl").exists() else None
+        return Attempt(status, out, err, run)
+
+
+def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[str]]) -> Verdict:
+    """Judge a learner's script that is to be step `step`; `todo` tells where to begin.
+
+    Each of `extra` is a promise, where it is told, and flags with which two ranks must end like step 01, too.
+    """
+    with tempfile.TemporaryDirectory(prefix="judging-") as name:
+        attempts = Attempts(step, file, Path(name))
+        reference_script = str(ROOT / FOLDERS["01"] / "train.py")
+        batch = {ranks: f"--batch-size={GLOBAL_BATCH // ranks}" for ranks in (1, 2, 3)}
+        begun = [
+            attempts.start("reference", [sys.executable, reference_script], batch[1], "--epochs=2"),
+            attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=1"),
+            attempts.start("3 ranks", attempts.command(3), batch[3], "--epochs=2"),
+        ]
+        begun += [
+            attempts.start(f"extra {number}", attempts.command(2), *flags, "--epochs=2")
+            for number, (_, _, flags) in enumerate(extra)
+        ]
+        found = {name: attempts.wait(name, process) for name, process in begun}
+        if found["2 ranks"].status == 0:
+            again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
+            found["2 ranks, resumed"] = attempts.wait(*again)
+        return compared(step, todo, found, extra)
+
+
+def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Verdict:
+    """The promises in order, up to the first that is broken."""
+    page = f"{FOLDERS[step]}/README.md"
+    reference = found["reference"].run
+    assert reference is not None, found["reference"].err
+    verdict = Verdict()
+
+    def both(check: Callable[[str, Run], list[str]]) -> list[str]:
+        for name in ("2 ranks", "3 ranks"):
+            attempt = found["2 ranks, resumed"] if name == "2 ranks" else found[name]
+            assert attempt.run is not None
+            if lines := check(name, attempt.run):
+                return lines
+        return []
+
+    def ends(*names: str) -> Callable[[], list[str]]:
+        def check() -> list[str]:
+            for name in names:
+                attempt = found[name]
+                if attempt.status != 0 or attempt.run is None:
+                    return [f"with {name}, {end_of(attempt)}", *todo_lines(todo)]
+            return []
+
+        return check
+
+    def one_group() -> list[str]:
+        def check(name: str, run: Run) -> list[str]:
+            ranks = int(name[0])
+            starts = [event for event in run.events if event["event"] == "start"]
+            seen = {event["world_size"] for event in starts}
+            if seen == {ranks} and len(starts) == (2 if ranks == 2 else 1):
+                return []
+            told = f"a run of {ranks} ranks has announced itself {len(starts)} times, with world size {seen}"
+            return [
+                f"with {name}: {told}",
+                "  expected: once for each start, by rank 0, with the number of ranks",
+            ]
+
+        return both(check)
+
+    def losses(begin: int, stop: int) -> Callable[[], list[str]]:
+        def check(name: str, run: Run) -> list[str]:
+            ours, theirs = (each.losses[begin:stop].tolist() for each in (reference, run))
+            for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=begin + 1):
+                if abs(a - b) > TOLERANCE:
+                    return [
+                        f"with {name}, step {number}: expected {a:.10f}, as in step 01",
+                        f"  seen {b:.10f}",
+                    ]
+            if len(ours) != len(theirs):
+                return [f"with {name}: {len(theirs)} steps in this epoch", f"  expected {len(ours)}"]
+            return []
+
+        return lambda: both(check)
+
+    def weights() -> list[str]:
+        def check(name: str, run: Run) -> list[str]:
+            ours, theirs = reference.weights, run.weights
+            if ours.keys() != theirs.keys():
+                return [
+                    f"with {name}: the snapshot's model has the names {sorted(theirs)[:2]}",
+                    f"  expected {sorted(ours)[:2]}",
+                ]
+            off = max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+            return (
+                [f"with {name}: weights differ by {off:.1e}", f"  expected {TOLERANCE} at most"]
+                if off > TOLERANCE
+                else []
+            )
+
+        return both(check)
+
+    def evaluation() -> list[str]:
+        def check(name: str, run: Run) -> list[str]:
+            a, b = ((one.test["correct"], one.test["total"], one.test["loss"]) for one in (reference, run))
+            if a[:2] == b[:2] and abs(a[2] - b[2]) <= TOLERANCE:
+                return []
+            told = [f"{right} right of {count} images, loss {loss:.8f}" for right, count, loss in (a, b)]
+            return [f"with {name}: expected {told[0]}, as in step 01", f"  seen {told[1]}"]
+
+        return both(check)
+
+    def resumed() -> list[str]:
+        said = "resumed from" in found["2 ranks, resumed"].out
+        return (
+            []
+            if said
+            else ["with 2 ranks, started again: it has begun anew", "  expected: resumed from snapshots"]
+        )
+
+    def shards() -> list[str]:
+        run = found["2 ranks, resumed"].run
+        assert run is not None
+        if snapshots(run.snapshot_dir, sharded=True):
+            return []
+        return [
+            "with 2 ranks: one file has all weights",
+            "  expected: a folder, with a file of each rank",
+            *todo_lines(todo),
+        ]
+
+    def like_step_01(number: int) -> Callable[[], list[str]]:
+        def check() -> list[str]:
+            name = f"extra {number}"
+            attempt = found[name]
+            flags = " ".join(extra[number][2])
+            if attempt.run is None:
+                return [f"with 2 ranks and {flags}, {end_of(attempt)}", *todo_lines(todo)]
+            run = attempt.run
+            off = max(
+                float((reference.weights[key] - run.weights[key]).abs().max()) for key in reference.weights
+            )
+            if off > TOLERANCE or len(run.losses) != len(reference.losses):
+                return [f"with 2 ranks and {flags}: {len(run.losses)} steps, weights differ by {off:.1e}",
+                        f"  expected {len(reference.losses)} steps, and {TOLERANCE} at most"]  # fmt: skip
+            return []
+
+        return check
+
+    promises: list[tuple[str, str, Callable[[], list[str]]]] = [
+        ("it runs to its end on 2 and on 3 ranks", page, ends("2 ranks", "3 ranks")),
+        ("started again, it goes on from its snapshot and ends", page, ends("2 ranks, resumed")),
+        ("the ranks are one group, and rank 0 alone reports", page, one_group),
+        ("the run that was started again has not begun anew", page, resumed),
+        ("each loss of the first epoch is step 01's: that of all ranks", page, losses(0, STEPS)),
+        ("so it is in the second epoch, which has an order of its own", page, losses(STEPS, 2 * STEPS)),
+        ("the weights end where step 01's end", page, weights),
+        ("the evaluation counts each image once", page, evaluation),
+        *(
+            [("each rank saves its own shard, and not the whole model", page, shards)]
+            if step == SHARDED
+            else []
+        ),
+        *((says, told, like_step_01(number)) for number, (says, told, _) in enumerate(extra)),
+    ]
+    for says, told, check in promises:
+        if lines := check():
+            verdict.broken, verdict.lines, verdict.told = says, lines, told
+            break
+        verdict.kept.append(says)
+    return verdict
+
+
+def todo_lines(todo: str) -> list[str]:
+    return [f"  where to begin: {todo}"]
+
+
+def end_of(attempt: Attempt) -> str:
+    """How a run has ended, in one line: what it says itself if it does."""
+    if attempt.status is None:
+        return f"it hangs: for {SECONDS} s it has written nothing"
+    text = attempt.err
+    errors = re.findall(r"^error: .*$", text, re.M) + re.findall(
+        r"^(?:\[rank\d+\]: )?(\w+(?:\.\w+)*Error: .*)$", text, re.M
+    )
+    what = errors[0] if errors else (text.strip().splitlines() or ["no word"])[-1]
+    return f"it ended with status {attempt.status}: {what}"
