@@ -39,7 +39,7 @@ def test_the_pages_links_lead_somewhere():
 
 
 def test_each_exercise_has_its_page():
-    """With its number and its minutes; where a broken promise sends its reader, there is something to read."""
+    """With its number and its minutes; where a promise sends its reader, there is something to read."""
     for folder in EXERCISES:
         page, facts = (folder / "README.md").read_text(), (folder / "exercise.toml").read_text()
         assert page.startswith(f"# {folder.name[:2]} · ")

@@ -1,6 +1,7 @@
 """Exercise 01: an all-reduce from send and receive."""
 
 import torch
+import torch.distributed as dist
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Exercise 02: the ring."""
 
 import torch
+import torch.distributed as dist
 
 
 def ring_all_reduce(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Exercise 03: average the gradients."""
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 

@@ -1,5 +1,7 @@
 """Exercise 04: talk while computing."""
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 

@@ -1,5 +1,7 @@
 """Exercise 05: deal out the data."""
 
+import torch
+
 
 def share(length: int, epoch: int, seed: int, rank: int, ranks: int) -> list[int]:
     """The indices of the images that this rank trains on in this epoch, in their order.

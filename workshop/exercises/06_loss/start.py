@@ -1,6 +1,7 @@
 """Exercise 06: the loss of all ranks."""
 
 import torch
+import torch.distributed as dist
 
 
 def mean_loss(losses: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """Exercise 07: an evaluation that counts each image once."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 

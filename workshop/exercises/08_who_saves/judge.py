@@ -47,7 +47,7 @@ def read(path):
     if not path.exists():
         return "there is no file"
     try:
-        return [*torch.load(path).values()][0].flatten().tolist()  # whatever name it has
+        return next(iter(torch.load(path).values())).flatten().tolist()  # whatever name it has
     except Exception as error:
         return f"no whole file: {type(error).__name__}"
 

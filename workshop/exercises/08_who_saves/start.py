@@ -1,7 +1,10 @@
 """Exercise 08: who saves, who loads."""
 
+import os
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 

@@ -1,6 +1,9 @@
 """Exercise 12: several batches in one step."""
 
+import contextlib
+
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch.distributed as dist
+
 
 def saves(folder: Path) -> bool:
     """Whether this rank is the one that saves to the disk on which `folder` is.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 class ShardedLinear(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """Exercise 18: find the rank that hangs."""
 
+import time
+from datetime import timedelta
+
 import torch.distributed as dist
 
 

@@ -1,0 +1,200 @@
+"""The break-it cards: what a card quotes is what comes, and without the card's change it does not come."""
+
+import os
+import py_compile
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, finish, has_ended, kill, load, paths, start, wait_until
+
+from benchmarks.hosts import WHY, possible
+
+BREAK_IT = ROOT / "workshop" / "break_it.py"
+CARDS = {path.parent.name[:2]: path.parent for path in sorted(BREAK_IT.parent.glob("break_it/*/card.toml"))}
+FACTS = {number: tomllib.loads((card / "card.toml").read_text()) for number, card in CARDS.items()}
+ROOTS = [pytest.mark.root, pytest.mark.skipif(not possible(), reason=WHY)]
+EACH = [pytest.param(number, marks=ROOTS if "root" in FACTS[number] else []) for number in CARDS]
+# torch reads TORCH_DISTRIBUTED_DEBUG when it is imported: a fork would be too late.
+REAL = {number for number, facts in FACTS.items() if "TORCH_DISTRIBUTED_DEBUG" in str(facts.get("diagnosis"))}
+DIAGNOSED = [
+    pytest.param(number, marks=[pytest.mark.slow] if number in REAL else [])
+    for number, facts in FACTS.items()
+    if "diagnosis" in facts
+]
+
+
+def page(number):
+    return (CARDS[number] / "card.md").read_text()
+
+
+def fences(number, language):
+    """The contents of the code blocks of a card's page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page(number), re.M | re.S)
+
+
+def pattern(quoted):
+    """What finds a quoted block in an output: `…` is any part of a line or, alone in a line, any lines."""
+    found = "^"
+    for line in quoted.splitlines():
+        found += r"(?:.*\n)*?" if line == "…" else ".*?".join(map(re.escape, line.split("…"))) + r"[ ]*\n"
+    return re.compile(found, re.M)
+
+
+def ask(folder, *words, real=False, timeout=400):
+    """What break_it.py answers: its status, what it prints, and its errors."""
+    process = start([sys.executable, str(BREAK_IT), *words], folder, real, PATH=paths(real))
+    status, out, err = finish(process, timeout)
+    print(out, err)
+    return status, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", EACH)
+def test_the_symptom_is_what_comes(tmp_path, number):
+    status, out, err = ask(tmp_path, number)
+    assert status == 0 and err == ""
+    assert pattern(fences(number, "text")[0]).search(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", EACH)
+def test_without_the_change_it_does_not_come(tmp_path, number):
+    status, out, err = ask(tmp_path, number, "--unbroken")
+    assert status == 0 and err == "" and "The change" not in out
+    assert not pattern(fences(number, "text")[0]).search(out)
+    # And what comes is what the steps do when they are well.
+    assert "Traceback" not in out and "would not end by itself" not in out
+    if "labels" in FACTS[number] and "lines" not in FACTS[number]:
+        both = re.findall(r"^both: +epoch .*test loss .*$", out, re.M)
+        assert both and not any(f"\n{label}: " in out for label in FACTS[number]["labels"])
+    if "root" in FACTS[number]:
+        assert re.search(r"^node1: .*Seen by rank 0 on node1", out, re.M)
+        assert re.search(r"^node2: .*Seen by rank 1 on node2", out, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", DIAGNOSED)
+def test_the_diagnosis_says_what_the_card_quotes(tmp_path, number):
+    status, out, err = ask(tmp_path, number, "--diagnose", real=number in REAL)
+    assert status == 0 and err == ""
+    quotes = fences(number, "text")[1:]
+    assert quotes
+    for quoted in quotes:
+        assert pattern(quoted).search(out), quoted
+    said = out.partition("fr_trace flight\n")[2]
+    if number == "08":  # rank 0 against both others, or both against rank 0: as the files come
+        both = r"Culprit rank ([12]); .*Culprit rank (?!\1)[12]; "
+        assert re.search(f"Culprit rank 0; |{both}", said)
+        assert "'barrier'" in said and "'all_reduce'" in said
+    if number == "09":
+        assert re.findall(r"^missing ranks: (.*)$", said, re.M) == ["{1}"]
+
+
+@pytest.mark.slow
+def test_with_one_folder_a_restart_goes_on(tmp_path):
+    """Card 13's fix: the rank is killed as before, and the next start finds what was saved."""
+    status, out, err = ask(tmp_path, "13", "--into", "copy")
+    assert status == 0 and err == ""
+    script = tmp_path / "copy" / "03_multigpu_torchrun" / "train.py"
+    lines = script.read_text().splitlines(keepends=True)
+    script.write_text("".join(line for line in lines if "mkdtemp" not in line))
+    _, *words = shlex.split(FACTS["13"]["commands"][0])  # behind the variable
+    words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    process = start(words, tmp_path / "copy", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    status, out, err = finish(process)
+    print(out, err)
+    assert status == 0 and out.count("epoch 1/3  step 10") == 1
+    assert re.search(r"^resumed from .*: epoch 2, step 20$", out, re.M)
+
+
+@pytest.mark.parametrize("number", CARDS)
+def test_each_change_fits_the_scripts(tmp_path, number):
+    """And leaves Python behind, in the files that it names and in no others."""
+    break_it = load(BREAK_IT)
+    break_it.copy_project(tmp_path, CARDS[number])
+    before = {path: path.read_text() for path in tmp_path.rglob("*.py")}
+    for patch in sorted(CARDS[number].glob("*.patch")):
+        break_it.apply(patch, tmp_path)
+    named = {
+        line.removeprefix("+++ b/").strip()
+        for patch in CARDS[number].glob("*.patch")
+        for line in patch.read_text().splitlines()
+        if line.startswith("+++ ")
+    }
+    changed = {path for path, text in before.items() if path.read_text() != text}
+    assert {str(path.relative_to(tmp_path)) for path in changed} == named and named
+    for path in changed:
+        py_compile.compile(str(path), doraise=True)
+
+
+@pytest.mark.parametrize("number", CARDS)
+def test_a_page_is_whole(number):
+    """Title, command, symptom, question, and behind a click the reason, the diagnosis and the fix."""
+    text, facts = page(number), FACTS[number]
+    assert text.splitlines()[0] == f"# {number} · {facts['title']}"
+    [asked] = fences(number, "bash")
+    assert asked.split()[-2:] == ["workshop/break_it.py", number]
+    said = [line for block in fences(number, "sh") for line in block.splitlines()]
+    assert said == [*facts["commands"], *facts.get("diagnosis", [])]
+    places = ["```text", "**Question:**", "<details><summary>The reason</summary>\n\n"]
+    places += ["**Reason.**", "**Diagnosis.**", "**Fix.**", "</details>"]
+    found = [text.index(place) for place in places]
+    assert found == sorted(found) and all(text.count(place) == 1 for place in places[1:])
+    assert ("--diagnose" in text) == ("diagnosis" in facts)
+    assert len(re.findall(r"^```", text, re.M)) % 2 == 0
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (CARDS[number] / target).exists(), target
+
+
+def test_without_a_number_it_lists_the_cards(tmp_path):
+    status, out, err = ask(tmp_path)
+    assert status == 0 and err == ""
+    assert out.splitlines() == [f"{number}  {facts['title']}" for number, facts in FACTS.items()]
+    assert len(CARDS) >= 12 and list(CARDS) == [f"{i:02}" for i in range(1, len(CARDS) + 1)]
+
+
+WRONG = {
+    "99": "there is no card 99: take one of 01, 02, ",
+    "seven": "there is no card seven: take one of 01, ",
+    "01 --diagnose": "card 01 needs no tool: its page tells how to find the reason",
+    "01 --broken": "unrecognized arguments: --broken (--help lists the flags)",
+    "01 --into .": ". is there already: name a folder that is not",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_question_is_one_line(tmp_path, words):
+    status, out, err = ask(tmp_path, *words.split())
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: {WRONG[words]}")
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_has_started(tmp_path, capfd):
+    (tmp_path / "hang.py").write_text(
+        "import os, subprocess, sys, time\n"
+        "words = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "child = subprocess.Popen(words, start_new_session=True)\n"  # as torchrun starts its ranks
+        "print('started', os.getpid(), child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    out = load(BREAK_IT).run("python hang.py", tmp_path, seconds=2)
+    pids = list(map(int, re.findall(r"\d+", out)))
+    try:
+        wait_until(lambda: all(map(has_ended, pids)), f"the end of {pids}", 10)
+    finally:
+        kill([pid for pid in pids if not has_ended(pid)])
+    assert len(pids) == 2
+    assert "(ended after 2 s, since it would not end by itself)" in capfd.readouterr().out
+
+
+def test_the_project_stays_as_it_was(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in ROOT.glob("[0c]*/*.py")}
+    status, out, _ = ask(tmp_path, "12", "--into", str(tmp_path / "copy"))
+    assert status == 0 and out.splitlines()[0] == f"cd {tmp_path / 'copy'}"
+    assert "set_num_threads(16)" in (tmp_path / "copy" / "02_multigpu_spawn" / "train.py").read_text()
+    assert before == {path: path.stat().st_mtime_ns for path in ROOT.glob("[0c]*/*.py")}
+    assert os.listdir(tmp_path) == ["copy"] and Path(tmp_path, "copy", "record_flight.py").exists()
