@@ -24,6 +24,7 @@ from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, Run, read_run, train  # n
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
     "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
+    "long": "takes minutes more, of the workshop: make test-all ARGS=--long",
     "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
 }
 ENDED = pytest.StashKey[str]()  # of a test: how, and after how many seconds
@@ -34,6 +35,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
     parser.addoption("--all", action="store_true", help="also the tests that are marked slow, root or gpu")
+    parser.addoption("--long", action="store_true", help="with --all: also those that are marked long")
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
 
 
@@ -53,11 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out what is marked, unless the command line names it."""
+    """Without --all, leave out what is marked, unless the command line names it; with it, what is long."""
     named = any("::" in argument for argument in config.args)
-    if config.getoption("--all") or named:
+    if named or config.getoption("--long"):
         return
-    rest = [item for item in items if any(map(item.get_closest_marker, MARKS))]
+    marks = ["long"] if config.getoption("--all") else MARKS
+    rest = [item for item in items if any(map(item.get_closest_marker, marks))]
     config.hook.pytest_deselected(items=rest)
     items[:] = [item for item in items if item not in rest]
 

@@ -60,7 +60,7 @@ def test_the_symptom_is_what_comes(tmp_path, number):
     assert pattern(fences(number, "text")[0]).search(out)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", EACH)
 def test_without_the_change_it_does_not_come(tmp_path, number):
     status, out, err = ask(tmp_path, number, "--unbroken")

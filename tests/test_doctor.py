@@ -26,7 +26,7 @@ from benchmarks.hosts import WHY, possible
 from common import mnist
 from workshop import doctor
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 DOCTOR = ROOT / "workshop" / "doctor.py"
 LINUX = sys.platform == "linux"
 OWN = f"{sys.version_info[0]}.{sys.version_info[1]}"

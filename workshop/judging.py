@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 WORLD_SIZES = (1, 2, 3)  # three, because two numbers have one sum, and two neighbours are one
-SECONDS = 8  # until a file counts as one that hangs
+SECONDS = 8  # without a promise more that is through, until a file counts as one that hangs
 
 
 @dataclass
@@ -209,10 +209,9 @@ def judge(exercise: Path, file: Path) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="judging-") as name:
         folder = Path(name)
         groups = [start(exercise, file, ranks, folder / str(ranks)) for ranks in WORLD_SIZES]
-        end = time.monotonic() + SECONDS
         try:
             for group in groups:
-                wait(group, end)
+                wait(group)
         finally:
             processes = [process for group in groups for process in group.processes]
             for process in processes:
@@ -223,16 +222,15 @@ def judge(exercise: Path, file: Path) -> Verdict:
         return verdict(judge_py.PROMISES, groups, file)
 
 
-def wait(group: Ranks, end: float) -> None:
-    """Until all ranks have ended, or one has failed and the others had a second to follow, or time is up."""
-    alive = set(range(group.ranks))
-    while alive and time.monotonic() < end:
+def wait(group: Ranks) -> None:
+    """Until all ranks have ended, or one has failed and the others had a second to follow, or they hang."""
+    alive, end = set(range(group.ranks)), 0.0
+    # A promise that is through leaves a file, and the folder has its time.
+    while alive and time.time() < (end or group.folder.stat().st_mtime + SECONDS):
         for rank in sorted(alive):
-            status = group.processes[rank].poll()
-            if status is not None:
+            if (status := group.processes[rank].poll()) is not None:
                 alive.discard(rank)
-                if status:
-                    end = min(end, time.monotonic() + 1)
+                end = end or (time.time() + 1 if status else 0.0)
         time.sleep(0.01)
     group.hung = alive
     for rank in alive:  # let it write down where it stands
