@@ -1,5 +1,6 @@
 """The workshop's pages: the plans add up, links lead somewhere, every exercise is told as it is."""
 
+import ast
 import re
 import sys
 
@@ -51,6 +52,23 @@ def test_each_exercise_has_its_page():
                 name, _, head = place.partition(", ")
                 text = (ROOT / name).read_text()
                 assert re.search(rf"^#+ {re.escape(head)}$", text, re.M) or not head or head in text, told
+
+
+def test_what_is_given_is_alike_in_starter_and_solution():
+    """So that a learner's file and ours are trained, cut and sharded alike."""
+    found = 0
+    for folder in EXERCISES:
+        if not (folder / "start.py").exists():
+            continue
+        given, ours = (
+            {node.name: node for node in ast.parse((folder / name).read_text()).body if hasattr(node, "name")}
+            for name in ("start.py", "solution.py")
+        )
+        for name, node in given.items():
+            if "Nothing to write in here" in (ast.get_docstring(node) or ""):
+                found += 1
+                assert ast.dump(node) == ast.dump(ours[name]), f"{folder.name}: {name}"
+    assert found >= 3
 
 
 def asked(folder, *words, answer=""):
