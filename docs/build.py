@@ -115,6 +115,30 @@ def memory(figure: Figure) -> None:
     small.legend()
 
 
+def steps_of(row: dict[str, Any]) -> str:
+    """What a prediction is about, in two lines."""
+    where = "" if row["link"] == "this machine" else f"\n{row['link']}"
+    return f"step {row['step']}, {row['model']}, {row['batch']}{where}"
+
+
+def prediction(figure: Figure) -> None:
+    """A step's time as it was predicted, in its two parts, and as it came."""
+    rows = results("prediction.json")["steps"]
+    axes: Axes = figure.subplots()
+    places = range(len(rows))
+    alone = [row["alone"] / row["measured"] for row in rows]
+    talk = [(row["predicted"] - row["alone"]) / row["measured"] for row in rows]
+    axes.barh(places, alone, height=0.6, color=BLUE, label="predicted: by itself")
+    axes.barh(places, talk, left=alone, height=0.6, color=ORANGE, label="predicted: collectives")
+    axes.axvline(1, color=GREY, label="measured")
+    axes.axvspan(0.8, 1.2, color=GREY, alpha=0.2)
+    axes.set_yticks(places, [f"{steps_of(row)}: {1e3 * row['measured']:,.0f} ms" for row in rows])
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.set_xlabel("of the measured time of a step; grey: within 20 %")
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+
+
 def timeline(step: str) -> Callable[[Figure], None]:
     """One step on two ranks, from recorded traces."""
     colors = {"forward": BLUE, "backward": PURPLE, "optimizer": GREEN, "waiting": RED, "collective": ORANGE}
@@ -162,6 +186,28 @@ def paper_table() -> str:
     return rows_of(["model and step", "GPUs", "computing", "collectives", "of the ideal"], rows)
 
 
+def links_table() -> str:
+    """α and β of each collective, on this machine and over the slow links."""
+    predict, rows = load(ROOT / "benchmarks" / "predict.py"), []
+    for where, collectives in results("prediction.json")["collectives"].items():
+        for name, points in collectives.items():
+            alpha, beta = predict.fit(points)
+            rows.append(
+                [f"{where}, {name.replace('_', '-')}", f"{1e3 * alpha:.2f} ms", f"{1e-6 / beta:,.1f} MB/s"]
+            )
+    return rows_of(["link and collective", "α", "1/β"], rows)
+
+
+def steps_table() -> str:
+    """Predictions, and what came."""
+    rows = []
+    for row in results("prediction.json")["steps"]:
+        milliseconds = [f"{1e3 * row[name]:,.1f} ms" for name in ("alone", "predicted", "measured")]
+        off = f"{100 * (row['predicted'] / row['measured'] - 1):+.0f} %"
+        rows.append([steps_of(row).replace("\n", ", "), *milliseconds, off.replace("-", "−")])
+    return rows_of(["step, model, batch", "by itself", "predicted", "measured", "off by"], rows)
+
+
 def bytes_table() -> str:
     """What a rank holds."""
     rows = []
@@ -181,6 +227,8 @@ def bench_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "paper": paper_table,
     "bytes": bytes_table,
+    "links": links_table,
+    "steps": steps_table,
     "bench": bench_table,
 }
 
@@ -195,6 +243,7 @@ DRAWN: dict[str, tuple[Callable[[Figure], None], float]] = {  # and the height i
     "ladder": (ladder, 4.5),
     "scaling": (scaling, 4.5),
     "memory": (memory, 4.5),
+    "prediction": (prediction, 5.5),
     "timeline-02": (timeline("02"), 3.2),
     "timeline-04": (timeline("04"), 3.2),
     "timeline-05": (timeline("05"), 3.2),

@@ -228,6 +228,14 @@ def errors(text: str) -> list[str]:
 # --- Plant a bug
 
 
+def quoted_pattern(quoted: str) -> re.Pattern[str]:
+    """What finds a quoted block in an output: `…` is any part of a line or, alone in a line, any lines."""
+    found = "^"
+    for line in quoted.splitlines():
+        found += r"(?:.*\n)*?" if line == "…" else ".*?".join(map(re.escape, line.split("…"))) + r"[ ]*\n"
+    return re.compile(found, re.M)
+
+
 def after_a_step(code: str) -> tuple[str, str]:
     """An edit of a train.py: run `code` whenever a step is done."""
     counts = "            self.global_step += 1\n"

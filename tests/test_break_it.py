@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, finish, has_ended, kill, load, paths, start, wait_until
+from helpers import ROOT, finish, has_ended, kill, load, paths, quoted_pattern, start, wait_until
 
 from benchmarks.hosts import WHY, possible
 
@@ -36,14 +36,6 @@ def fences(number, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", page(number), re.M | re.S)
 
 
-def pattern(quoted):
-    """What finds a quoted block in an output: `…` is any part of a line or, alone in a line, any lines."""
-    found = "^"
-    for line in quoted.splitlines():
-        found += r"(?:.*\n)*?" if line == "…" else ".*?".join(map(re.escape, line.split("…"))) + r"[ ]*\n"
-    return re.compile(found, re.M)
-
-
 def ask(folder, *words, real=False, timeout=400):
     """What break_it.py answers: its status, what it prints, and its errors."""
     process = start([sys.executable, str(BREAK_IT), *words], folder, real, PATH=paths(real))
@@ -57,7 +49,7 @@ def ask(folder, *words, real=False, timeout=400):
 def test_the_symptom_is_what_comes(tmp_path, number):
     status, out, err = ask(tmp_path, number)
     assert status == 0 and err == ""
-    assert pattern(fences(number, "text")[0]).search(out)
+    assert quoted_pattern(fences(number, "text")[0]).search(out)
 
 
 @pytest.mark.long
@@ -65,7 +57,7 @@ def test_the_symptom_is_what_comes(tmp_path, number):
 def test_without_the_change_it_does_not_come(tmp_path, number):
     status, out, err = ask(tmp_path, number, "--unbroken")
     assert status == 0 and err == "" and "The change" not in out
-    assert not pattern(fences(number, "text")[0]).search(out)
+    assert not quoted_pattern(fences(number, "text")[0]).search(out)
     # And what comes is what the steps do when they are well.
     assert "Traceback" not in out and "would not end by itself" not in out
     if "labels" in FACTS[number] and "lines" not in FACTS[number]:
@@ -84,7 +76,7 @@ def test_the_diagnosis_says_what_the_card_quotes(tmp_path, number):
     quotes = fences(number, "text")[1:]
     assert quotes
     for quoted in quotes:
-        assert pattern(quoted).search(out), quoted
+        assert quoted_pattern(quoted).search(out), quoted
     said = out.partition("fr_trace flight\n")[2]
     if number == "08":  # rank 0 against both others, or both against rank 0: as the files come
         both = r"Culprit rank ([12]); .*Culprit rank (?!\1)[12]; "

@@ -2,13 +2,25 @@
 
 import ast
 import re
+import shutil
 import sys
 
-from helpers import ROOT, errors, finish, start
+import pytest
+from helpers import FOLDERS, ROOT, errors, finish, load, paths, quoted_pattern, start
 
 WORKSHOP = ROOT / "workshop"
 EXERCISES = sorted(path.parent for path in WORKSHOP.glob("exercises/*/exercise.toml"))
 CHECK = [sys.executable, str(WORKSHOP / "check.py")]
+FENCED = r"((?:(?!```).*\n)*)"
+# Commands, and behind them what they print: of a misconception's experiment, and of what an instructor shows.
+SAID = [
+    (f"{page} {i}", *found)
+    for page in ("README.md", "GUIDE.md")
+    for i, found in enumerate(
+        re.findall(rf"^```bash\n{FENCED}```\n\n```text\n{FENCED}```", (WORKSHOP / page).read_text(), re.M),
+        1,
+    )
+]
 
 
 def test_the_minutes_of_the_plans_add_up():
@@ -88,3 +100,30 @@ def test_a_wrong_question_is_answered_with_one_line(tmp_path):
     for words in (["77"], ["01", "nowhere.py"]):
         status, out, err = asked(tmp_path, *words)
         assert status == 2 and len(errors(err)) == 1 and not out, words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("commands", "quoted"), [said[1:] for said in SAID], ids=[said[0] for said in SAID])
+def test_the_commands_print_what_the_page_says(tmp_path, commands, quoted):
+    """In the shell, in a copy: they write snapshots where they are called."""
+    for name in ("common", *FOLDERS.values()):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "workshop").mkdir()
+    for name in ("launch_multinode.sh", "workshop/refute.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    status, out, err = finish(start(["bash", "-ec", commands], tmp_path, PATH=paths()))
+    print(out, err)
+    assert status == 0
+    assert quoted_pattern(quoted).search(out)
+
+
+def test_every_misconception_has_its_experiment():
+    text = (
+        (WORKSHOP / "README.md").read_text().partition("## Misconceptions")[2].partition("### Refuted by")[0]
+    )
+    parts = re.split(r"^### ", text, flags=re.M)[1:]
+    assert len(parts) >= 9
+    for part in parts:
+        assert re.search(rf"^```bash\n{FENCED}```\n\n```text\n{FENCED}```", part, re.M), part
+    named = re.findall(r"workshop/refute.py (\w+)", text)
+    assert sorted(named) == sorted(load(WORKSHOP / "refute.py").EXPERIMENTS)
