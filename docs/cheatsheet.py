@@ -20,17 +20,18 @@ from reportlab.platypus import BaseDocTemplate, Frame, KeepTogether, PageTemplat
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN, GAP = 9 * mm, 6 * mm
 INK, FAINT, ACCENT, SHADE = map(HexColor, ("#1f2328", "#d1d9e0", "#0550ae", "#f6f8fa"))
-FONTS = {
+FONTS = {  # matplotlib brings them
     "Text": "DejaVuSans",
     "Text-Bold": "DejaVuSans-Bold",
+    "Text-Italic": "DejaVuSans-Oblique",
     "Code": "DejaVuSansMono",
-}  # matplotlib brings them
+}
 
 
 def marked(text: str) -> str:
-    """A line of Markdown as reportlab's own marks: `code` and **bold**."""
+    """A line of Markdown as reportlab's own marks: `code`, **bold** and *italic*."""
     text = re.sub(r"`([^`]+)`", r'<font face="Code" color="#0550ae">\1</font>', escape(text))
-    return re.sub(r"\*\*(.+?)\*\*", r'<font face="Text-Bold">\1</font>', text)
+    return re.sub(r"\*(\w+)\*", r"<i>\1</i>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text))
 
 
 def cells(row: str) -> list[str]:
@@ -41,7 +42,7 @@ def table(rows: list[str], width: float, text: ParagraphStyle) -> Table:
     """A table of Markdown; a column is as wide as the longest of its words and lines ask for."""
     head, _, *body = map(cells, rows)
     lines = [*([head] if any(head) else []), *body]
-    lengths = [max(6, min(45, max(map(len, column)))) for column in zip(*lines, strict=True)]
+    lengths = [max(6, min(52, max(map(len, column)))) for column in zip(*lines, strict=True)]
     styled = [[Paragraph(marked(cell), text) for cell in line] for line in lines]
     looks: list[tuple[object, ...]] = [
         ("VALIGN", (0, 0), (-1, -1), "TOP"),
@@ -60,9 +61,10 @@ def build(source: Path, to: Path) -> None:
     """Write the PDF; its bytes depend on the text alone, not on the day."""
     for name, file in FONTS.items():
         pdfmetrics.registerFont(TTFont(name, Path(matplotlib.get_data_path(), "fonts", "ttf", f"{file}.ttf")))
-    text = ParagraphStyle("text", fontName="Text", fontSize=7.4, leading=9.2, textColor=INK)
+    pdfmetrics.registerFontFamily("Text", *list(FONTS)[:3])
+    text = ParagraphStyle("text", fontName="Text", fontSize=7.8, leading=9.8, textColor=INK)
     heading = ParagraphStyle(
-        "heading", text, fontName="Text-Bold", fontSize=9.5, leading=12, textColor=ACCENT
+        "heading", text, fontName="Text-Bold", fontSize=9.5, leading=13, textColor=ACCENT
     )
     page = landscape(A4)
     width, height = (page[0] - 2 * MARGIN - GAP) / 2, page[1] - 2 * MARGIN

@@ -4,7 +4,9 @@ import ast
 import re
 import shutil
 import sys
+from collections import Counter
 
+import pypdf
 import pytest
 from helpers import FOLDERS, ROOT, errors, finish, load, paths, quoted_pattern, start
 
@@ -127,3 +129,10 @@ def test_every_misconception_has_its_experiment():
         assert re.search(rf"^```bash\n{FENCED}```\n\n```text\n{FENCED}```", part, re.M), part
     named = re.findall(r"workshop/refute.py (\w+)", text)
     assert sorted(named) == sorted(load(WORKSHOP / "refute.py").EXPERIMENTS)
+
+
+def test_the_cheat_sheet_has_one_page_and_says_what_its_text_says():
+    """Written by `make docs`; when the text has changed, run that again."""
+    [page] = pypdf.PdfReader(WORKSHOP / "cheatsheet.pdf").pages
+    text = re.sub(r"^[-| ]+$|[`*|#]", " ", (WORKSHOP / "CHEATSHEET.md").read_text(), flags=re.M)
+    assert Counter(re.findall(r"\S", text)) == Counter(re.findall(r"\S", page.extract_text()))
