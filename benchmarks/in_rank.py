@@ -3,15 +3,16 @@
     python benchmarks/in_rank.py 01 CELLS                                             # bench.py starts these
     torchrun --standalone --nproc-per-node=2 benchmarks/in_rank.py 03 CELLS
 
-CELLS is JSON: a list of objects with `measure` (`loop` or `save`), `rounds` (of a loop as many of them as fit
-into eight seconds, but two), `images` (of a rank in an epoch) and `flags` of the step. Each cell builds what
-the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line of JSON that
-begins with `cell: `.
+CELLS is JSON: a list of objects with `measure` (`loop`, `steps` or `save`), `rounds` (of a loop as many of
+them as fit into eight seconds, but two), `images` (of a rank in an epoch) and `flags` of the step. Each cell
+builds what the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line of
+JSON that begins with `cell: `.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -161,6 +162,21 @@ def loop(trainer: Any, rounds: int) -> dict[str, Any]:
     return found
 
 
+def steps(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds of each step of the last of some epochs, from one to the next."""
+    trainer.control, train, moments = Control(), trainer.run_batch, []
+
+    def noted(batch: Any) -> Any:
+        moments.append(time.perf_counter())
+        return train(batch)
+
+    trainer.run_batch = noted
+    for _ in range(rounds):
+        moments.clear()
+        trainer.run_epoch()
+    return {"seconds": [after - before for before, after in itertools.pairwise(moments)]}
+
+
 def save(trainer: Any, rounds: int) -> dict[str, Any]:
     """Seconds for which a save stops the training, and for copying as many bytes to the same disk.
 
@@ -199,7 +215,7 @@ def one(
 ) -> dict[str, Any]:
     """Let a step's `main` build all it needs, and measure in the place of training."""
     found: dict[str, Any] = {}
-    measure = {"loop": loop, "save": save}[cell["measure"]]
+    measure = {"loop": loop, "steps": steps, "save": save}[cell["measure"]]
     script.Trainer.train = lambda trainer: found.update(measure(trainer, cell["rounds"]))
     own = [f"--num-samples={cell['images'] * ranks}", f"--use-gpu={int(device.type != 'cpu')}"]
     sys.argv[1:] = [*own, f"--snapshot-dir={folder}", "--epochs=1000", *cell["flags"]]

@@ -6,8 +6,9 @@
 
 A collective of n bytes takes α + β·n seconds: α until the first byte is there, β for each byte (a model as
 old as collectives, see Thakur et al., 2005, doi.org/10.1177/1094342005051521). α and β are fitted to ten
-sizes. A step takes what a rank does by itself, measured at one rank (two of them side by side, for they share
-the machine), plus its collectives, one after another: nothing overlaps on a busy CPU.
+sizes. A step takes what a rank does by itself, plus its collectives, one after another: nothing overlaps on a
+busy CPU. What a rank does by itself is measured with two runs of one rank side by side, for they share the
+machine. Two ranks wait for each other in each step, so of each pair of steps the slower one counts.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -110,40 +112,53 @@ def collectives_over(link: tuple[float, float]) -> dict[str, list[tuple[int, flo
     return dict(json.loads(out[0].splitlines()[-1]))
 
 
-def seconds_a_step(step: str, model: str, size: int, of_a_run: int = bench.RANKS) -> float:
-    """Of two ranks, in one run or in a run each: as the scripts themselves report it, the median of three."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={of_a_run}"]
-    starts = [[*launch, bench.script(step), f"--model={model}"]] * (bench.RANKS // of_a_run)
-    images = bench.RANKS * size * max(2, IMAGES[model] // size)
-    return bench.RANKS * size / statistics.median(bench.rate(starts, images, size) for _ in range(3))
+def steps(step: str, model: str, size: int, of_a_run: int) -> list[list[float]]:
+    """Seconds of each step of two ranks, in one run or in a run each: of each run's rank 0."""
+    cell = {"measure": "steps", "rounds": 2, "images": max(2 * size, IMAGES[model])}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={of_a_run}"]
+    words += [str(ROOT / "benchmarks" / "in_rank.py"), step]
+    words.append(json.dumps([{**cell, "flags": [f"--model={model}", f"--batch-size={size}"]}]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    starts = range(bench.RANKS // of_a_run)
+    running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) for _ in starts]
+    out = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("a run has ended with an error: it says why, above")
+    return [json.loads(text.partition("cell: ")[2].splitlines()[0])["seconds"] for text in out]
+
+
+def seconds_a_step(step: str, model: str, size: int) -> tuple[float, float]:
+    """Of two ranks apart, the slower one of each pair of steps; and of two ranks together. In turns."""
+    turns = []
+    for _ in range(3):
+        apart = statistics.mean(map(max, *steps(step, model, size, 1)))
+        turns.append((apart, statistics.mean(steps(step, model, size, bench.RANKS)[0])))
+    apart, together = map(statistics.median, zip(*turns, strict=True))
+    return apart, together
 
 
 def measured() -> dict[str, Any]:
     """Predictions for this machine, and what came."""
     found: dict[str, Any] = {"collectives": {"this machine": collectives_here()}, "steps": []}
     here = {name: fit(points) for name, points in found["collectives"]["this machine"].items()}
-    by_itself: dict[tuple[str, str, int], float] = {}
 
-    def compare(step: str, model: str, size: int, link: Link, where: str, took: float) -> None:
-        own = by_itself[step, model, size]
+    def compare(step: str, model: str, size: int, link: Link, where: str, own: float, took: float) -> None:
         row = {"step": step, "model": model, "batch": size, "link": where, "alone": own}
         found["steps"].append({**row, "predicted": own + talk(step, model, link), "measured": took})
         print(json.dumps(found["steps"][-1]), file=sys.stderr, flush=True)
 
     for step in ("03", "05"):
         for model, size in CASES:
-            by_itself[step, model, size] = seconds_a_step(step, model, size, 1)
-            took = seconds_a_step(step, model, size)
-            compare(step, model, size, here, "this machine", took)
+            compare(step, model, size, here, "this machine", *seconds_a_step(step, model, size))
     if not possible():
         warn(f"step 04 over slow links is left out: it {WHY}")
         return found
-    by_itself["04", "cnn", 64] = seconds_a_step("04", "cnn", 64, 1)
+    own, _ = seconds_a_step("04", "cnn", 64)
     for where, link in slow_link.LINKS.items():
         if link:
             points = found["collectives"][where] = collectives_over(link)
             took, _ = slow_link.measure(link, 1)
-            compare("04", "cnn", 64, {name: fit(each) for name, each in points.items()}, where, took)
+            compare("04", "cnn", 64, {name: fit(each) for name, each in points.items()}, where, own, took)
     return found
 
 
