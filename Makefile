@@ -3,7 +3,7 @@
 # make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
-# make bench  each step beside what it could be, in 21 minutes; make docs  draws pictures, fills tables
+# make bench  each step beside what it could be, in 17 minutes; make docs  draws pictures, fills tables
 # What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
