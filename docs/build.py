@@ -131,7 +131,7 @@ def prediction(figure: Figure) -> None:
     axes.barh(places, alone, height=0.6, color=BLUE, label="predicted: by itself")
     axes.barh(places, talk, left=alone, height=0.6, color=ORANGE, label="predicted: collectives")
     axes.axvline(1, color=GREY, label="measured")
-    axes.axvspan(0.8, 1.2, color=GREY, alpha=0.2)
+    axes.axvspan(0.8, 1.2, color=GREY, alpha=0.2, zorder=0)
     axes.set_yticks(places, [f"{steps_of(row)}: {1e3 * row['measured']:,.0f} ms" for row in rows])
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:.0%}")
@@ -203,7 +203,7 @@ def steps_table() -> str:
     rows = []
     for row in results("prediction.json")["steps"]:
         milliseconds = [f"{1e3 * row[name]:,.1f} ms" for name in ("alone", "predicted", "measured")]
-        off = f"{100 * (row['predicted'] / row['measured'] - 1):+.0f} %"
+        off = f"{100 * (row['predicted'] / row['measured'] - 1):+.1f} %"
         rows.append([steps_of(row).replace("\n", ", "), *milliseconds, off.replace("-", "−")])
     return rows_of(["step, model, batch", "by itself", "predicted", "measured", "off by"], rows)
 
