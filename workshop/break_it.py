@@ -187,9 +187,9 @@ def main() -> None:
         for number, card in cards().items():
             print(f"{number}  {about(card)['title']}")
         return
-    card = cards().get(args.number.zfill(2))
-    if card is None:
+    if args.number.zfill(2) not in cards():
         stop(f"there is no card {args.number}: take one of {', '.join(cards())}")
+    card = cards()[args.number.zfill(2)]
     facts, patches = about(card), [card / "change.patch"]
     commands = facts["commands"]
     if args.into:

@@ -187,7 +187,7 @@ def be_a_rank(exercise: Path, file: Path, folder: Path) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     promises = load(exercise / "judge.py").PROMISES
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    ours = dist.new_group(backend="gloo")  # or a barrier of the learner's would meet one of these
+    ours: Any = dist.new_group(backend="gloo")  # or a barrier of the learner's would meet one of these
     theirs = load(file)
     for number, promise in enumerate(promises):
         if ranks not in promise.world_sizes:
@@ -205,7 +205,7 @@ def judge(exercise: Path, file: Path) -> Verdict:
     """Try a learner's file on all world sizes at once."""
     judge_py = load(exercise / "judge.py")
     if hasattr(judge_py, "judge"):  # of an exercise that is a whole script
-        return judge_py.judge(file)  # type: ignore[no-any-return]
+        return judge_py.judge(file)
     with tempfile.TemporaryDirectory(prefix="judging-") as name:
         folder = Path(name)
         groups = [start(exercise, file, ranks, folder / str(ranks)) for ranks in WORLD_SIZES]
@@ -251,7 +251,7 @@ def verdict(promises: list[Promise], groups: list[Ranks], file: Path) -> Verdict
         for group in groups:
             if group.ranks not in promise.world_sizes:
                 continue
-            pairs = [of_rank.get(number) for of_rank in found[group.ranks]]
+            pairs: list[Any] = [of_rank.get(number) for of_rank in found[group.ranks]]
             if None in pairs:
                 result.broken, result.lines = promise.says, what_happened(group, pairs, file)
             elif not all(alike(expected, seen) for expected, seen in pairs):
@@ -284,7 +284,7 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
     """Why a promise has no answer from each rank: an error, or a rank for which the others wait."""
     ranks, lines = group.ranks, []
     head = f"with {ranks} rank{'s' * (ranks > 1)}"
-    failures = []
+    failures: list[tuple[int, str, int]] = []
     for rank, process in enumerate(group.processes):
         error = error_in(group.text(rank, "err"), file)
         if error and process.returncode and rank not in group.hung:
@@ -292,11 +292,11 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
     # A lost connection comes of another rank's end: tell that one's error, if there is one.
     own = [failure for failure in failures if "by peer" not in failure[1]] or failures
     if own:
-        rank, error, line = own[0]
+        rank, what, line = own[0]
         where = f" in line {line} of {file.name}" if line else ""
-        if error.startswith("NotImplementedError: "):
-            return [f"not written yet{where}: {error.partition(': ')[2]}"]
-        return [f"{head}, rank {rank} ended with an error{where}:", f"  {error}"]
+        if what.startswith("NotImplementedError: "):
+            return [f"not written yet{where}: {what.partition(': ')[2]}"]
+        return [f"{head}, rank {rank} ended with an error{where}:", f"  {what}"]
     lines.append(f"{head}, it hangs: a rank waits for another that does not come.")
     for rank, process in enumerate(group.processes):
         place = place_in(group.text(rank, "err"), file)

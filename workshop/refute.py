@@ -30,7 +30,7 @@ RANKS = 2
 
 def tell(text: str) -> None:
     """Print a line of each rank, in order; rank 0 prints them all, so that they do not mix."""
-    lines = [None] * dist.get_world_size()
+    lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lines, text)
     if dist.get_rank() == 0:
         print(*(f"  rank {rank}: {line}" for rank, line in enumerate(lines)), sep="\n", flush=True)
@@ -74,9 +74,10 @@ def step() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         [weight] = model.parameters()
         model(x).mean().backward()
-        gradient = weight.grad.item()
+        gradient = weight.grad
+        assert gradient is not None
         optimizer.step()
-        tell(f"gradient behind backward() {gradient}, weight behind step() {weight.item()}")
+        tell(f"gradient behind backward() {gradient.item()}, weight behind step() {weight.item()}")
 
 
 def seeds() -> None:
@@ -148,7 +149,7 @@ def accumulate() -> None:
     ):
         model = DistributedDataParallel(one_weight())
 
-        def train(model: nn.Module = model, way: Callable[[nn.Module], Any] = way) -> None:
+        def train(model: nn.Module = model, way: Any = way) -> None:
             model.zero_grad()
             with way(model):
                 model(first).mean().backward()
@@ -176,13 +177,14 @@ def fsdp() -> None:
 
         title(name)
         called = calls(train)
-        own = [weight.to_local() if name == "FSDP" else weight for weight in layers.parameters()]
+        weights: Any = layers.parameters()
+        own = [weight.to_local() if name == "FSDP" else weight for weight in weights]
         tell(f"keeps {sum(weight.numel() for weight in own):,} weights, a step calls {called}")
 
 
 def barrier() -> None:
     """All ranks meet in a barrier; then rank 0 alone calls all_reduce, with a time-out of three seconds."""
-    short = dist.new_group(timeout=timedelta(seconds=3))
+    short: Any = dist.new_group(timeout=timedelta(seconds=3))
     dist.barrier(short)
     seen, begun = "through the barrier", time.monotonic()
     if dist.get_rank() == 0:
