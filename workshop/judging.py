@@ -296,7 +296,10 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
         where = f" in line {line} of {file.name}" if line else ""
         if what.startswith("NotImplementedError: "):
             return [f"not written yet{where}: {what.partition(': ')[2]}"]
-        return [f"{head}, rank {rank} ended with an error{where}:", f"  {what}"]
+        lines = [f"{head}, rank {rank} ended with an error{where}:", f"  {what}"]
+        if "by peer" in what:
+            lines.append("  another rank has left already: is this call behind an `if`, or a `return`?")
+        return lines
     lines.append(f"{head}, it hangs: a rank waits for another that does not come.")
     for rank, process in enumerate(group.processes):
         place = place_in(group.text(rank, "err"), file)

@@ -77,7 +77,7 @@ def step() -> None:
         gradient = weight.grad
         assert gradient is not None
         optimizer.step()
-        tell(f"gradient behind backward() {gradient.item()}, weight behind step() {weight.item()}")
+        tell(f"gradient after backward() {gradient.item()}, weight after step() {weight.item()}")
 
 
 def seeds() -> None:
@@ -87,7 +87,7 @@ def seeds() -> None:
     title("before DDP")
     tell(f"weight {model.weight.item():.3f}")
     DistributedDataParallel(model)
-    title("behind DDP's constructor")
+    title("after DDP's constructor")
     tell(f"weight {model.weight.item():.3f}")
 
 

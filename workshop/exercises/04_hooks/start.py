@@ -13,7 +13,12 @@ class Overlapped:
     """
 
     def __init__(self, model: nn.Module):
-        """Register a hook on each parameter of `model` that needs a gradient."""
+        """Register a hook on each parameter of `model` that needs a gradient.
+
+        `parameter.register_post_accumulate_grad_hook(function)` calls `function(parameter)` as soon as
+        `parameter.grad` is complete; with `register_hook` it would be too early. With `async_op=True` a
+        collective returns at once, and what it returns has a method `wait`.
+        """
         raise NotImplementedError("Overlapped.__init__: a hook that begins an all-reduce, and does not wait")
 
     def finish(self) -> None:

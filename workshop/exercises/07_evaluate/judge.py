@@ -43,7 +43,8 @@ def everywhere(mine, ranks):
 
 def once(theirs, rank, ranks):
     model, _ = tried(theirs)
-    return list(range(10)), sorted(number for seen in everywhere(model.seen, ranks) for number in seen)
+    seen = sorted(number for seen in everywhere(model.seen, ranks) for number in seen)
+    return {"seen on all ranks together": list(range(10))}, {"seen on all ranks together": seen}
 
 
 def counted(theirs, rank, ranks):
@@ -53,9 +54,8 @@ def counted(theirs, rank, ranks):
 def shares(theirs, rank, ranks):
     model, _ = tried(theirs)
     lengths = [len(seen) for seen in everywhere(model.seen, ranks)]
-    return "one image apart at most", "one image apart at most" if max(lengths) - min(
-        lengths
-    ) < 2 else lengths
+    told = f"images of each rank: {lengths}"
+    return "one image apart at most", "one image apart at most" if max(lengths) - min(lengths) < 2 else told
 
 
 def few(theirs, rank, ranks):

@@ -11,8 +11,9 @@ from torch import nn
 def save(model: nn.Module, path: Path) -> None:
     """Write the weights of `model` (its state_dict) to the file `path`.
 
-    Every rank calls this, and on every rank the file is there and whole when it returns. Rank 0 alone
-    writes. If rank 0 is killed in the middle, a file that `path` was before is still there, and whole.
+    Every rank calls this. When it returns, on any rank, the file is there and whole. Rank 0 alone writes.
+    If rank 0 is killed in the middle, the old file at `path` is still there, and whole. `dist.barrier()`
+    returns when all ranks have called it.
     """
     raise NotImplementedError("save: rank 0 writes to another name and renames; who has to wait for it?")
 

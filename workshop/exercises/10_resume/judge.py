@@ -85,9 +85,9 @@ def kept(theirs, rank, ranks):
 ALONE = (1,)  # a training of one process
 PROMISES = [
     Promise("the weights are those that were saved", at_once, TOLD, ALONE),
-    Promise("it goes on in the same epoch, behind the same sample", where, TOLD, ALONE),
+    Promise("it goes on in the same epoch, after the same sample", where, TOLD, ALONE),
     Promise("the next step is that of a run without a stop: the optimizer remembers", one_more, TOLD, ALONE),
-    Promise("so are six steps more, into the next epoch", next_epoch, TOLD, ALONE),
-    Promise("so are steps with dropout, which draws random numbers", dropout, TOLD, ALONE),
+    Promise("six steps more are the same, too, into the next epoch", next_epoch, TOLD, ALONE),
+    Promise("so they are with dropout: random numbers go on as well", dropout, TOLD, ALONE),
     Promise("saving changes nothing in the training", kept, TOLD, ALONE),
 ]

@@ -50,16 +50,20 @@ def large(ranks, count=4, steps=1):
     return model.weight.detach()
 
 
+def named(weights):
+    return {"weights after the steps": weights}
+
+
 def one(theirs, rank, ranks):
-    return large(ranks, count=1), trained(theirs, rank, count=1)[0]
+    return named(large(ranks, count=1)), named(trained(theirs, rank, count=1)[0])
 
 
 def four(theirs, rank, ranks):
-    return large(ranks), trained(theirs, rank)[0]
+    return named(large(ranks)), named(trained(theirs, rank)[0])
 
 
 def twice(theirs, rank, ranks):
-    return large(ranks, steps=2), trained(theirs, rank, steps=2)[0]
+    return named(large(ranks, steps=2)), named(trained(theirs, rank, steps=2)[0])
 
 
 def once(theirs, rank, ranks):

@@ -12,7 +12,11 @@ TOLD = "04_multinode/README.md, The idea"
 def everywhere(mine, ranks):
     found = [None] * ranks
     dist.all_gather_object(found, mine)
-    return found
+    return named(found)
+
+
+def named(answers):
+    return {f"rank {rank} saves": answer for rank, answer in enumerate(answers)}
 
 
 def folder(name, disk):
@@ -25,14 +29,14 @@ def folder(name, disk):
 
 def shared(theirs, rank, ranks):
     found = everywhere(bool(theirs.saves(folder("shared", 0))), ranks)
-    return [True, False, False][:ranks], found
+    return named([True, False, False][:ranks]), found
 
 
 def own(theirs, rank, ranks):
     """Three ranks: 0 and 1 on one node, 2 on the other; two: one on each."""
     disk = rank if ranks < 3 else rank // 2
     found = everywhere(bool(theirs.saves(folder("own", disk))), ranks)
-    return ([True, False, True] if ranks == 3 else [True] * ranks), found
+    return named([True, False, True] if ranks == 3 else [True] * ranks), found
 
 
 def slow(theirs, rank, ranks):
@@ -49,14 +53,14 @@ def slow(theirs, rank, ranks):
         mine = bool(theirs.saves(path))
     finally:
         Path.exists = real
-    return [True, False, False][:ranks], everywhere(mine, ranks)
+    return named([True, False, False][:ranks]), everywhere(mine, ranks)
 
 
 def late_mark(theirs, rank, ranks):
     """One rank comes late."""
     path = folder("late", 0)
     time.sleep(0.2 if rank == 0 else 0.0)
-    return [True, False, False][:ranks], everywhere(bool(theirs.saves(path)), ranks)
+    return named([True, False, False][:ranks]), everywhere(bool(theirs.saves(path)), ranks)
 
 
 def clean(theirs, rank, ranks):
@@ -69,7 +73,7 @@ def clean(theirs, rank, ranks):
 def again(theirs, rank, ranks):
     """After a restart on the nodes' own disks."""
     theirs.saves(folder("again", 0))
-    return [True] * ranks, everywhere(bool(theirs.saves(folder("again-own", rank))), ranks)
+    return named([True] * ranks), everywhere(bool(theirs.saves(folder("again-own", rank))), ranks)
 
 
 PROMISES = [
