@@ -65,16 +65,8 @@ def test_each_exercise_knows_four_mistakes():
     assert min(Counter(wrong["exercise"] for wrong in WRONG).values()) >= 4
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pytest.param(
-            wrong, marks=pytest.mark.long if "todo" in ABOUT(FOLDERS[wrong["exercise"]]) else pytest.mark.slow
-        )
-        for wrong in WRONG
-    ],
-    ids=[f"{wrong['exercise']} {wrong['idea']}" for wrong in WRONG],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{wrong['exercise']} {wrong['idea']}" for wrong in WRONG])
 def test_a_mistake_gets_its_message(tmp_path, wrong):
     text = TEXT_OF(FOLDERS[wrong["exercise"]], "solution")
     for old, new in wrong["edits"]:
