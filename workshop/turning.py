@@ -1,12 +1,14 @@
 """Judges exercises that are whole scripts: "turn step N - 1 into step N".
 
-A learner's script is run as a step is: on 2 ranks for an epoch, then again for two, so that it has to go on
-from its snapshot, and on 3 ranks for two epochs at once. Both are compared with step 01, which is run beside
-them, in float64. Nothing is asked about how the script is written.
+A learner's script is run as a step is: on 2 ranks for an epoch, of which the last snapshot is then taken
+away, and again for two, so that it has to go on in mid-epoch; and on 3 ranks for two epochs at once.
+Both are compared with step 01, which is run beside them, in float64. Nothing is asked about how the script is
+written.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,12 +25,13 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import FOLDERS, SHARDED, Run, read_run
 
-from common.snapshot import snapshots
+from common.snapshot import snapshots, step_of
 
 GLOBAL_BATCH = 12
-STEPS = 3  # of an epoch: 47 images, of which 11 are left over, and 7 to test on
+STEPS, SAVED = 3, 2  # of an epoch: 47 images, of which 11 are left over, and 7 to test on
 FLAGS = ["--num-samples=47", "--precision=float64", "--use-gpu=0", "--snapshot-dir=snapshots"]
-FLAGS += ["--metrics=metrics.jsonl"]
+FLAGS += ["--metrics=metrics.jsonl", f"--save-every={SAVED}"]
+IMPORTS = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__mp_main__')\n"
 TOLERANCE = 1e-10  # as in the steps' own proof: sums in another order
 SECONDS = 8  # without a word, until a run counts as one that hangs; on a slow machine more:
 TIMES = 3  # as many times as long as step 01 takes beside it
@@ -56,6 +59,7 @@ class Attempts:
             (folder / name).symlink_to(ROOT / name)
         self.script = folder / "workshop" / "mine" / file.name
         self.script.write_text(file.read_text())
+        (folder / "imports.py").write_text(IMPORTS)
 
     def command(self, ranks: int) -> list[str]:
         if self.step == "02":
@@ -106,6 +110,9 @@ def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[
             attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=1"),
             attempts.start("3 ranks", attempts.command(3), batch[3], "--epochs=2"),
         ]
+        if step == "02":  # mp.spawn imports the script in each rank
+            words = [sys.executable, str(attempts.folder / "imports.py"), str(attempts.script)]
+            begun.append(attempts.start("imported", words))
         begun += [
             attempts.start(f"extra {number}", attempts.command(2), *flags, "--epochs=2")
             for number, (_, _, flags) in enumerate(extra)
@@ -115,6 +122,9 @@ def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[
         silence = max(SECONDS, TIMES * (time.monotonic() - clock))
         found |= {name: attempts.wait(name, process, silence) for name, process in begun[1:]}
         if found["2 ranks"].status == 0:
+            for path in snapshots(attempts.folder / "2 ranks" / "snapshots", step == SHARDED):
+                if step_of(path) > SAVED:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
             found["2 ranks, resumed"] = attempts.wait(*again, seconds=silence)
         return compared(step, todo, found, extra)
@@ -130,11 +140,10 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
         sys.exit(2)
     verdict = Verdict()
 
-    def both(check: Callable[[str, Run], list[str]]) -> list[str]:
-        for name in ("2 ranks", "3 ranks"):
-            attempt = found["2 ranks, resumed"] if name == "2 ranks" else found[name]
-            assert attempt.run is not None
-            if lines := check(name, attempt.run):
+    def both(check: Callable[[str, Run], list[str]], two: str = "2 ranks, resumed") -> list[str]:
+        for name, run in (("2 ranks", found[two].run), ("3 ranks", found["3 ranks"].run)):
+            assert run is not None
+            if lines := check(name, run):
                 return lines
         return []
 
@@ -165,7 +174,7 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
 
     def losses(begin: int, stop: int) -> Callable[[], list[str]]:
         def check(name: str, run: Run) -> list[str]:
-            ours, theirs = (each.losses[begin:stop].tolist() for each in (reference, run))
+            ours, theirs = (losses_of(each)[begin:stop] for each in (reference, run))
             for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=begin + 1):
                 if abs(a - b) > TOLERANCE:
                     return [
@@ -176,7 +185,7 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
                 return [f"with {name}: {len(theirs)} steps in this epoch", f"  expected {len(ours)}"]
             return []
 
-        return lambda: both(check)
+        return lambda: both(check, "2 ranks" if begin == 0 else "2 ranks, resumed")
 
     def weights() -> list[str]:
         def check(name: str, run: Run) -> list[str]:
@@ -213,6 +222,29 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
             else ["with 2 ranks, started again: it has begun anew", "  expected: resumed from snapshots"]
         )
 
+    def rest() -> list[str]:
+        run = found["2 ranks, resumed"].run
+        assert run is not None
+        last = [place for place, event in enumerate(run.events) if event["event"] == "start"][-1]
+        [again, *_] = [event for event in run.events[last:] if event["event"] == "train"]
+        if (
+            again["global_step"] == STEPS
+            and abs(again["losses"][0] - losses_of(reference)[SAVED]) <= TOLERANCE
+        ):
+            return []
+        told = [f"{loss:.10f}" for loss in again["losses"]]
+        return [
+            f"with 2 ranks, started again after step {SAVED} of {STEPS}: it goes on with the losses {told}",
+            f"  expected [{losses_of(reference)[SAVED]:.10f}], of the images that were left",
+        ]
+
+    def imported() -> list[str]:
+        attempt = found["imported"]
+        if attempt.status == 0 and not attempt.out:
+            return []
+        said = (attempt.out.splitlines() or [end_of(attempt)])[0]
+        return [f"imported, not started: {said}", "  expected: nothing is printed, and nothing begins"]
+
     def shards() -> list[str]:
         run = found["2 ranks, resumed"].run
         assert run is not None
@@ -245,9 +277,11 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
     promises: list[tuple[str, str, Callable[[], list[str]]]] = [
         ("it runs to its end on 2 and on 3 ranks", page, ends("2 ranks", "3 ranks")),
         ("started again, it goes on from its snapshot and ends", page, ends("2 ranks, resumed")),
+        *([("imported, as mp.spawn does in each rank, it starts nothing", page, imported)] * (step == "02")),
         ("the ranks are one group, and rank 0 alone reports", page, one_group),
-        ("the run that was started again has not begun anew", page, resumed),
         ("each loss of the first epoch is step 01's: that of all ranks", page, losses(0, STEPS)),
+        ("the run that was started again has not begun anew", page, resumed),
+        ("in mid-epoch it goes on with the images that are left", page, rest),
         ("so it is in the second epoch, which has an order of its own", page, losses(STEPS, 2 * STEPS)),
         ("the weights end where step 01's end", page, weights),
         ("the evaluation counts each image once", page, evaluation),
@@ -264,6 +298,16 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
             break
         verdict.kept.append(says)
     return verdict
+
+
+def losses_of(run: Run) -> list[float]:
+    """The loss of each step; of a step that was made again after a new start, the last one."""
+    found: dict[int, float] = {}
+    for event in run.events:
+        if event["event"] == "train":
+            first = event["global_step"] - len(event["losses"]) + 1
+            found |= dict(enumerate(event["losses"], start=first))
+    return [found[step] for step in sorted(found)]
 
 
 def todo_lines(todo: str) -> list[str]:
