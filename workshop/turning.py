@@ -122,7 +122,8 @@ def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[
         silence = max(SECONDS, TIMES * (time.monotonic() - clock))
         found |= {name: attempts.wait(name, process, silence) for name, process in begun[1:]}
         if found["2 ranks"].status == 0:
-            for path in snapshots(attempts.folder / "2 ranks" / "snapshots", step == SHARDED):
+            saved = attempts.folder / "2 ranks" / "snapshots"
+            for path in [*snapshots(saved), *snapshots(saved, sharded=True)]:
                 if step_of(path) > SAVED:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
