@@ -41,10 +41,10 @@ def title(text: str) -> None:
         print(text, flush=True)
 
 
-def one_weight(value: float = 1.0) -> nn.Linear:
-    """A model with one weight w and no bias: it answers w · x."""
+def one_weight() -> nn.Linear:
+    """A model with one weight, w = 1, and no bias: it answers w · x."""
     model = nn.Linear(1, 1, bias=False)
-    nn.init.constant_(model.weight, value)
+    nn.init.ones_(model.weight)
     return model
 
 
@@ -169,7 +169,7 @@ def fsdp() -> None:
         if name == "DDP":
             model = DistributedDataParallel(layers)
         else:
-            for layer in layers:
+            for layer in layers:  # without a unit around them, so each is told to give back what it gathers
                 fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
         def train(model: nn.Module = model) -> None:
