@@ -32,6 +32,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 WORLD_SIZES = (1, 2, 3)  # three, because two numbers have one sum, and two neighbours are one
+LOST = re.compile("by peer|Pair is not connected|Broken pipe")  # what gloo says when another rank has left
 SECONDS = 8  # without a promise more that is through, until a file counts as one that hangs
 
 
@@ -290,14 +291,14 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
         if error and process.returncode and rank not in group.hung:
             failures.append((rank, *error))
     # A lost connection comes of another rank's end: tell that one's error, if there is one.
-    own = [failure for failure in failures if "by peer" not in failure[1]] or failures
+    own = [failure for failure in failures if not LOST.search(failure[1])] or failures
     if own:
         rank, what, line = own[0]
         where = f" in line {line} of {file.name}" if line else ""
         if what.startswith("NotImplementedError: "):
             return [f"not written yet{where}: {what.partition(': ')[2]}"]
         lines = [f"{head}, rank {rank} ended with an error{where}:", f"  {what}"]
-        if "by peer" in what:
+        if LOST.search(what):
             lines.append("  another rank has left already: is this call behind an `if`, or a `return`?")
         return lines
     lines.append(f"{head}, it hangs: a rank waits for another that does not come.")

@@ -9,6 +9,7 @@ written.
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,20 @@ class Attempt:
     run: Run | None
 
 
+@dataclass
+class Extra:
+    """A promise of one exercise alone, and the run that shows it: two ranks on each of `nodes`, with `flags`.
+
+    `check(reference, runs)` gets step 01's run and that of each node, and returns the lines of what is wrong.
+    """
+
+    says: str
+    told: str
+    flags: list[str]
+    check: Callable[[Run, list[Attempt]], list[str]]
+    nodes: int = 1
+
+
 class Attempts:
     """The runs of one file, in a folder of their own."""
 
@@ -61,11 +76,27 @@ class Attempts:
         self.script.write_text(file.read_text())
         (folder / "imports.py").write_text(IMPORTS)
 
-    def command(self, ranks: int) -> list[str]:
+    def command(self, ranks: int, where: tuple[str, ...] = ("--standalone",)) -> list[str]:
         if self.step == "02":
             return [sys.executable, str(self.script), f"--world-size={ranks}"]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
         return [*torchrun, f"--nproc-per-node={ranks}", str(self.script)]
+
+    def start_extra(self, extra: Extra) -> list[tuple[str, Any]]:
+        """Start a run of two ranks on each of its nodes, all of which are this machine."""
+        where = ["--standalone"]
+        if extra.nodes > 1:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+            where = [f"--nnodes={extra.nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        return [
+            self.start(
+                f"node {node} of {' '.join(extra.flags)}",
+                self.command(2, (*where, f"--node-rank={node}")),
+                *extra.flags,
+            )
+            for node in range(extra.nodes)
+        ]
 
     def start(self, name: str, words: list[str], *flags: str) -> tuple[str, Any]:
         place = self.folder / name
@@ -96,11 +127,8 @@ class Attempts:
         return Attempt(status, out, err, run)
 
 
-def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[str]]) -> Verdict:
-    """Judge a learner's script that is to be step `step`; `todo` tells where to begin.
-
-    Each of `extra` is a promise, where it is told, and flags with which two ranks must end like step 01, too.
-    """
+def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
+    """Judge a learner's script that is to be step `step`; `todo` tells where to begin."""
     with tempfile.TemporaryDirectory(prefix="judging-") as name:
         attempts = Attempts(step, file, Path(name))
         reference_script = str(ROOT / FOLDERS["01"] / "train.py")
@@ -113,10 +141,8 @@ def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[
         if step == "02":  # mp.spawn imports the script in each rank
             words = [sys.executable, str(attempts.folder / "imports.py"), str(attempts.script)]
             begun.append(attempts.start("imported", words))
-        begun += [
-            attempts.start(f"extra {number}", attempts.command(2), *flags, "--epochs=2")
-            for number, (_, _, flags) in enumerate(extra)
-        ]
+        of_extras = [attempts.start_extra(extra) for extra in extras]
+        begun += [run for runs in of_extras for run in runs]
         clock = time.monotonic()
         found = {"reference": attempts.wait(*begun[0], seconds=LIMIT)}
         silence = max(SECONDS, TIMES * (time.monotonic() - clock))
@@ -128,10 +154,13 @@ def judge_script(step: str, todo: str, file: Path, *extra: tuple[str, str, list[
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
             found["2 ranks, resumed"] = attempts.wait(*again, seconds=silence)
-        return compared(step, todo, found, extra)
+        of_nodes = [[found[name] for name, _ in runs] for runs in of_extras]
+        return compared(step, todo, found, list(zip(extras, of_nodes, strict=True)))
 
 
-def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Verdict:
+def compared(
+    step: str, todo: str, found: dict[str, Attempt], extras: list[tuple[Extra, list[Attempt]]]
+) -> Verdict:
     """The promises in order, up to the first that is broken."""
     page = f"{FOLDERS[step]}/README.md"
     reference = found["reference"].run
@@ -257,21 +286,13 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
             *todo_lines(todo),
         ]
 
-    def like_step_01(number: int) -> Callable[[], list[str]]:
+    def kept(extra: Extra, runs: list[Attempt]) -> Callable[[], list[str]]:
         def check() -> list[str]:
-            name = f"extra {number}"
-            attempt = found[name]
-            flags = " ".join(extra[number][2])
-            if attempt.run is None:
-                return [f"with 2 ranks and {flags}, {end_of(attempt)}", *todo_lines(todo)]
-            run = attempt.run
-            off = max(
-                float((reference.weights[key] - run.weights[key]).abs().max()) for key in reference.weights
-            )
-            if off > TOLERANCE or len(run.losses) != len(reference.losses):
-                return [f"with 2 ranks and {flags}: {len(run.losses)} steps, weights differ by {off:.1e}",
-                        f"  expected {len(reference.losses)} steps, and {TOLERANCE} at most"]  # fmt: skip
-            return []
+            for node, attempt in enumerate(runs):
+                if attempt.status != 0:
+                    where = f"on node {node} of {extra.nodes}" if extra.nodes > 1 else "with 2 ranks"
+                    return [f"{where} and {' '.join(extra.flags)}, {end_of(attempt)}", *todo_lines(todo)]
+            return extra.check(reference, runs)
 
         return check
 
@@ -291,7 +312,7 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
             if step == SHARDED
             else []
         ),
-        *((says, told, like_step_01(number)) for number, (says, told, _) in enumerate(extra)),
+        *((extra.says, extra.told, kept(extra, runs)) for extra, runs in extras),
     ]
     for says, told, check in promises:
         if lines := check():
@@ -299,6 +320,20 @@ def compared(step: str, todo: str, found: dict[str, Attempt], extra: Any) -> Ver
             break
         verdict.kept.append(says)
     return verdict
+
+
+def like_step_01(reference: Run, runs: list[Attempt]) -> list[str]:
+    """For an Extra: its run ends with step 01's weights, after as many steps."""
+    run = runs[0].run
+    if run is None or run.weights.keys() != reference.weights.keys():
+        return ["there are no metrics, or the snapshot's weights have other names"]
+    off = max(float((reference.weights[key] - run.weights[key]).abs().max()) for key in reference.weights)
+    if off > TOLERANCE or len(run.losses) != len(reference.losses):
+        return [
+            f"with 2 ranks: {len(run.losses)} steps, weights differ by {off:.1e}",
+            f"  expected {len(reference.losses)} steps, and {TOLERANCE} at most",
+        ]
+    return []
 
 
 def losses_of(run: Run) -> list[float]:

@@ -1,23 +1,27 @@
 """What exercise 14 promises."""
 
 from judging import about
-from turning import judge_script
+from turning import Extra, judge_script, like_step_01
 
 TODO = about(__file__)["todo"]
-TOLD = "04_multinode/README.md, "
 
 
 def judge(file):
-    slow = "A slow network: several batches in one step"
-    cut = "A link that is cut: --timeout"
+    page = "04_multinode/README.md, "
     return judge_script(
         "04",
         TODO,
         file,
-        (
+        Extra(
             "--accumulate 3 with batches of 2 ends like batches of 6",
-            TOLD + slow,
-            ["--accumulate=3", "--batch-size=2"],
+            page + "A slow network: several batches in one step",
+            ["--accumulate=3", "--batch-size=2", "--epochs=2"],
+            like_step_01,
         ),
-        ("--timeout is taken, and changes nothing", TOLD + cut, ["--timeout=60", "--batch-size=6"]),
+        Extra(
+            "--timeout is taken, and changes nothing",
+            page + "A link that is cut: --timeout",
+            ["--timeout=60", "--batch-size=6", "--epochs=2"],
+            like_step_01,
+        ),
     )

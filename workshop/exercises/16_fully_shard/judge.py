@@ -78,9 +78,7 @@ def optimized(theirs, rank, ranks):
     optimizer = theirs.shard(model)
     theirs_too = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in theirs_too]
-    return "all of the model's parameters", "not: " + ", ".join(
-        missing
-    ) if missing else "all of the model's parameters"
+    return "all parameters", f"all but {', '.join(missing)}" if missing else "all parameters"
 
 
 def learns(theirs, rank, ranks):
