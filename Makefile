@@ -3,7 +3,8 @@
 # make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
-# make bench  each step beside what it could be, in 17 minutes; make docs  draws pictures, fills tables
+# make bench  each step beside what it could be, in 17 minutes; make record  runs the commands of the pages
+# make docs   fills the pages from scripts and records, and draws their pictures
 # What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DATA_DIR ?= data
 GPU_PRETEND ?= no
 VENV := .venv/bin
 
-.PHONY: train test test-all gpu soak mutants bench docs lint clean
+.PHONY: train test test-all gpu soak mutants bench record docs lint clean
 
 train: .venv/installed
 	$(VENV)/python compare_steps.py --data-dir $(DATA_DIR) $(ARGS)
@@ -36,9 +37,11 @@ mutants: .venv/installed-dev
 bench: .venv/installed
 	$(VENV)/python benchmarks/bench.py --data-dir $(DATA_DIR) $(ARGS)
 
+record: .venv/installed-dev
+	$(VENV)/python benchmarks/record.py --data-dir $(DATA_DIR) $(ARGS)
+
 docs: .venv/installed-dev
 	$(VENV)/python docs/build.py
-	$(VENV)/python docs/cheatsheet.py
 
 lint: .venv/installed-dev
 	$(VENV)/ruff check .

@@ -18,6 +18,7 @@ from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import BaseDocTemplate, Frame, KeepTogether, PageTemplate, Paragraph, Spacer, Table
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCE, PDF = ROOT / "workshop" / "CHEATSHEET.md", ROOT / "workshop" / "cheatsheet.pdf"
 MARGIN, GAP = 9 * mm, 6 * mm
 INK, FAINT, ACCENT, SHADE = map(HexColor, ("#1f2328", "#d1d9e0", "#0550ae", "#f6f8fa"))
 FONTS = {  # matplotlib brings them
@@ -85,7 +86,3 @@ def build(source: Path, to: Path) -> None:
     document.build(parts)
     if document.page > 1:
         raise SystemExit(f"error: {source} takes {document.page} pages: shorten it, until it fits on one")
-
-
-if __name__ == "__main__":
-    build(ROOT / "workshop" / "CHEATSHEET.md", ROOT / "workshop" / "cheatsheet.pdf")

@@ -1,4 +1,8 @@
-"""What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind."""
+"""What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind.
+
+Promise: what a user gets wrong, on every step: one line that says what to do, and exit status 2; under
+torchrun it is also the last thing on the screen.
+"""
 
 import json
 import os

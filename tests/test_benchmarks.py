@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, finish, load, start
 
+from docs import pictures
+
 RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/results/speedrun.jsonl").read_text().splitlines()]
 
 
@@ -143,22 +145,12 @@ def test_a_timeline_shows_when_ranks_talk(step):
         assert passes["optimizer"][-1][0] >= passes["backward"][-1][1]
 
 
-def test_the_pages_have_the_tables_of_the_records():
-    build = load(ROOT / "docs" / "build.py")
-    marked = []
-    for page in (ROOT / "docs").glob("*.md"):
-        marked += re.findall(r"^<!-- table: (\w+) -->$", page.read_text(), re.M)
-        assert build.filled(page.read_text()) == page.read_text(), f"{page.name}: make docs"
-    assert sorted(marked) == sorted(build.TABLES)
-
-
 def test_the_pictures_are_drawn_alike_each_time(tmp_path):
     """All of them, for a light and for a dark page; and each is on a page, in both."""
-    build = load(ROOT / "docs" / "build.py")
     for folder in ("once", "twice"):
-        build.main(tmp_path / folder)
-    names = sorted(path.name for path in build.PICTURES.iterdir())
-    assert names == sorted(f"{name}-{theme}.png" for name in build.DRAWN for theme in build.THEMES)
+        pictures.draw_all(tmp_path / folder)
+    names = sorted(path.name for path in pictures.PICTURES.iterdir())
+    assert names == sorted(f"{name}-{theme}.png" for name in pictures.DRAWN for theme in pictures.THEMES)
     pages = "".join(page.read_text() for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("0*/README.md")])
     for name in names:
         once, twice = ((tmp_path / folder / name).read_bytes() for folder in ("once", "twice"))

@@ -1,6 +1,9 @@
 """Flags that are given together, and the moments at which a run is stopped: it ends as one left alone.
 
 At 3 and 4 ranks: two numbers have one sum, of three the order counts. In float32, where that is seen soonest.
+
+Promise: the same with a signal in the middle of an evaluation or in an epoch's last step, and with
+`--accumulate`, `--replicas`, `--cpu-offload`, `--meta-init`, `--compile` and `--num-workers`.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""The data set: read right, downloaded once, and honest about what it is when there is no network."""
+"""The data set: read right, downloaded once, and honest about what it is when there is no network.
+
+Promise: processes that start together download MNIST once.
+"""
 
 import argparse
 import contextlib

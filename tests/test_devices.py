@@ -1,4 +1,8 @@
-"""What the scripts would ask of a GPU, seen on a machine that has none; test_gpu.py is for one that has."""
+"""What the scripts would ask of a GPU, seen on a machine that has none; test_gpu.py is for one that has.
+
+Promise: given a GPU, a rank of steps 02 to 05 takes it before it meets the others; batches are copied
+without waiting, sums stay on the device, `bf16` is what layers compute in.
+"""
 
 import json
 import re

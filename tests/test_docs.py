@@ -1,4 +1,7 @@
-"""What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say."""
+"""What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say.
+
+Promise: the commands in the READMEs run (`make test-all`), their diffs are the scripts'.
+"""
 
 import datetime
 import difflib
@@ -9,11 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from helpers import FOLDERS, ROOT, environment, finish, paths, start
+
+from docs import pages, pieces, tables
 
 PAGES = [
     ROOT / "README.md",
@@ -128,54 +132,80 @@ def test_ci_runs_the_make_commands():
     assert all(f"make {target}" in ci for target in targets - {"test", "gpu"})
 
 
-def changed(lines):
-    """The lines that a diff takes out and puts in, counted, blank ones left out."""
-    return Counter(line for line in lines if re.match(r"[+-](?![+-]{2} )\s*\S", line))
+PAIRS = list(itertools.pairwise(STEPS))
 
 
-def code(step):
-    """A script's lines behind its docstring."""
-    return (ROOT / FOLDERS[step] / "train.py").read_text().split('"""\n', 1)[1].splitlines()
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_is_as_make_docs_makes_it(page):
+    """The pieces of the diffs, the tables, the outputs, the figures and the links to lines."""
+    now, then = page.read_text().splitlines(), pages.filled(page).splitlines()
+    stale = list(difflib.unified_diff(now, then, "the page", "make docs", n=0, lineterm=""))
+    print("\n".join(stale))
+    assert stale == []
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(STEPS)))
+def test_each_table_is_on_a_page():
+    marked = [
+        name
+        for page in pages.PAGES
+        for name in re.findall(r"^<!-- table: ([\w-]+) -->$", page.read_text(), re.M)
+    ]
+    assert sorted(marked) == sorted(tables.TABLES)
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_steps_readme_shows_its_whole_diff(before, after):
-    real = changed(difflib.unified_diff(code(before), code(after), n=0, lineterm=""))
-    page = ROOT / FOLDERS[after] / "README.md"
-    shown = changed(line for block in fences(page, "diff") for line in block.splitlines())
-    # A line that only moved may be shown on both sides, or on none: what counts is the balance.
-    missing, stale = real - shown, shown - real
-    print(f"{before} to {after}: {sum(real.values())} changed lines")
-    for line in sorted(missing):
-        print(f"  not explained: {line}")
-    for line in sorted(stale):
-        print(f"  not in the diff: {line}")
-    assert not missing and not stale
+    page = (ROOT / FOLDERS[after] / "README.md").read_text()
+    requests = re.findall(r"^<!-- diff\n(.*?)-->$", page, re.M | re.S)
+    shown = {line for request in requests for line in pieces.block(before, after, request)}
+    changed = [line for lines in pieces.pieces(before, after).values() for line in lines]
+    print(f"{before} to {after}: {len(changed)} changed lines")
+    assert [str(line) for line in changed if line not in shown] == []
 
 
-def plain_diff(before, after):
-    """The lines of `diff`, as a reader types it, between two steps' scripts."""
-    files = [str(ROOT / FOLDERS[step] / "train.py") for step in (before, after)]
-    return subprocess.run(["diff", *files], capture_output=True, text=True).stdout.splitlines()
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_pieces_make_the_one_script_of_the_other(before, after):
+    """What is merged is both scripts, but for their docstrings and for empty lines that came or went."""
+    merged = pieces.merged(before, after)
+    for step, other, number in ((before, "+", "old"), (after, "-", "new")):
+        text = pieces.script(step)
+        lines = text.splitlines()
+        for line in merged:
+            if line.sign != other:
+                assert lines[getattr(line, number) - 1] == line.text
+        numbers = [getattr(line, number) for line in merged if line.sign != other]
+        assert numbers == sorted(set(numbers))
+        code = text.split('"""\n', 1)[1].splitlines()
+        left_out = set(range(len(lines) - len(code) + 1, len(lines) + 1)) - set(numbers)
+        assert all(not lines[place - 1].strip() for place in left_out)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ("Trainer.nothing", "is the same"),
+        ('Trainer.evaluate "no such words"', "in 0 places"),
+        ('worker "dist"', "in 3 places"),
+        ("worker 'dist'", "is not: function"),
+    ],
+)
+def test_a_page_that_asks_for_what_is_not_there_is_told(request_, says):
+    with pytest.raises(pieces.NoSuchPieceError, match=says):
+        pieces.block("02", "03", request_)
 
 
 # DESIGN's table: lines that a step's script may have more, and less, than the one before it.
 LIMITS = {"02": (65, 20), "03": (18, 28), "04": (42, 20), "05": (115, 45)}
 
 
-def test_the_ladder_gives_the_sizes():
-    """And they stay within their limits: the difference between two scripts is the lesson, and no more."""
-    page = (ROOT / "README.md").read_text()
-    lines = {step: (ROOT / folder / "train.py").read_text().splitlines() for step, folder in FOLDERS.items()}
-    sizes = {"01": f"{len(lines['01'])}"}
-    for before, after in itertools.pairwise(STEPS):
-        difference = plain_diff(before, after)
-        plus, minus = (sum(line.startswith(sign) for line in difference) for sign in "><")
-        sizes[after] = f"+{plus} −{minus}"
-        assert plus <= LIMITS[after][0] and minus <= LIMITS[after][1], (after, sizes[after])
+def test_scripts_and_differences_stay_small():
+    """The difference between two scripts is the lesson, and no more; the README gives the sizes."""
+    sizes = tables.sizes()
     print(sizes)
-    for step, size in sizes.items():
-        assert re.search(rf"^\| \[{step} .*\| {re.escape(size)} \|", page, re.M), (step, size)
+    for step, limits in LIMITS.items():
+        plus, minus = (int(number) for number in re.findall(r"\d+", sizes[step]))
+        assert plus <= limits[0] and minus <= limits[1], (step, sizes[step])
+    lines = {step: pieces.script(step).splitlines() for step in STEPS}
     assert len(lines["01"]) <= 130 and len(lines["05"]) <= 275
     longest = max(len(line) for script in lines.values() for line in script)
     print(f"the longest line has {longest} columns (100: a slide)")
@@ -215,9 +245,9 @@ def test_links_lead_to_what_they_name(page):
 
 def test_the_scripts_have_one_skeleton():
     """Classes and functions that two neighbours share stand in the same order."""
-    for before, after in itertools.pairwise(STEPS):
+    for before, after in PAIRS:
         names = [
-            re.findall(r"^\s*(?:def|class) (\w+)", "\n".join(code(step)), re.M) for step in (before, after)
+            re.findall(r"^\s*(?:def|class) (\w+)", pieces.script(step), re.M) for step in (before, after)
         ]
         shared = [[name for name in some if name in names[0] and name in names[1]] for some in names]
         print(f"{before} and {after} share {shared[0]}")

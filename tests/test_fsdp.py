@@ -1,4 +1,8 @@
-"""Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none."""
+"""Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none.
+
+Promise: FSDP with each of its flags trains what DDP trains; its bytes per rank fall as they should; training
+goes on while a snapshot is written.
+"""
 
 import argparse
 import json

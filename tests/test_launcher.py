@@ -1,4 +1,8 @@
-"""launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running."""
+"""launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running.
+
+Promise: what `launch_multinode.sh` prints, runs; stopped, it leaves no process on any node; two nodes with a
+folder each need only one of the folders to go on.
+"""
 
 import contextlib
 import functools

@@ -1,4 +1,8 @@
-"""Steps 04 and 05 on several hosts, each with its own disk, that can be slowed, cut off and killed."""
+"""Steps 04 and 05 on several hosts, each with its own disk, that can be slowed, cut off and killed.
+
+Promise: two hosts with two ranks each do what step 03 does with four, to the last bit; a node, its disk or
+the link may be lost (as root: `make test-all`).
+"""
 
 import re
 import shutil

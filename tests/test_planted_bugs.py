@@ -1,4 +1,8 @@
-"""The mistakes that distributed training scripts make most: each must turn the comparison red."""
+"""The mistakes that distributed training scripts make most: each must turn the comparison red.
+
+Promise: the nine commonest mistakes (no `set_epoch`, summed gradients, a rank's own loss, padded evaluation,
+…) are seen.
+"""
 
 import argparse
 import shutil

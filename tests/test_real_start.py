@@ -7,6 +7,9 @@ step is started with `python` or `torchrun` and nothing prepared, and must end a
 Others start real processes because they are about what happens between them: a rank of step 03 is killed
 under torchrun in test_resume.py, launchers get Ctrl-C in test_launcher.py, hosts lose each other in
 test_multinode.py.
+
+Promise: started by `python`, `torchrun` and `mp.spawn`, with nothing prepared, every step does what the
+tests' forks do.
 """
 
 import shutil

@@ -1,4 +1,8 @@
-"""Snapshot files: atomic, checked, three kept, and never of another run."""
+"""Snapshot files: atomic, checked, three kept, and never of another run.
+
+Promise: a damaged snapshot is never loaded silently, a failed write never costs the last good one; what
+could not be loaded again is refused when it is saved.
+"""
 
 import argparse
 import errno
