@@ -6,6 +6,7 @@ is in neither turns the tests red.
 """
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,50 @@ def memory_on_gpu() -> list[str]:
     return [f"{peak / 1e6:.0f}", f"{allocator / 1e6:.0f}"]
 
 
+def bench(begin: str) -> list[str]:
+    """The figures of a row of `make bench`, on the machine that the pages are about."""
+    [row] = [row for row in results("amd-epyc-2-cores.json")["rows"] if row["name"].startswith(begin)]
+    return re.findall(r"\d[\d,]*\.?\d*", row["figure"])
+
+
+def loops() -> list[str]:
+    """The slowest and the fastest of our loops beside a bare one."""
+    rows = results("amd-epyc-2-cores.json")["rows"]
+    ratios = [statistics.median(row["ratios"]) for row in rows if row["name"].endswith("the bare loop's")]
+    return [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
+
+
+def on_a_gpu() -> list[str]:
+    """The loop of step 01 on the H200, and as one CUDA graph; then the speed-run."""
+    record = results("nvidia-h200-speed.json")
+    loop = record["loop"]
+    ours, graph = (statistics.median(side) for side in zip(*loop["pairs"], strict=True))  # 100 steps
+    kernels, share = f"{loop['kernels']}", f"{100 * graph / ours:.0f}"
+    return [f"{10 * ours:.2f}", f"{6400 / ours:,.0f}", kernels, f"{10 * graph:.2f}", share]
+
+
+def speedrun_on_a_gpu() -> list[str]:
+    (first, training, wall), (second, _, longer) = results("nvidia-h200-speed.json")["speedrun"]["runs"]
+    return [f"{first}", f"{second}", f"{training}", f"{wall}", f"{longer}"]
+
+
+def first_step_on_a_gpu() -> list[str]:
+    steps = results("nvidia-h200-speed.json")["steps_of_a_speedrun"]
+    return [f"{steps['first'] / 1e3:.2f}", f"{steps['median']:.1f}"]
+
+
+def slow_links() -> list[str]:
+    """Milliseconds that step 04 computes, and that it was predicted to talk over both slow links."""
+    quick, slow = (row for row in results("prediction.json")["steps"] if row["step"] == "04")
+    talk = [f"{1e3 * (row['predicted'] - row['alone']):.0f}" for row in (quick, slow)]
+    return [f"{1e3 * quick['alone']:.0f}", *talk]
+
+
+def worst_prediction() -> list[str]:
+    off = [100 * (1 - row["predicted"] / row["measured"]) for row in results("prediction.json")["steps"]]
+    return [f"{max(off):.1f}"]
+
+
 FIGURES: list[Figures] = [
     (
         "README.md",
@@ -57,7 +102,36 @@ FIGURES: list[Figures] = [
             "--output proof"
         ),
     ),
-    ("README.md", "of {} such places, the tests notice {}.", mutants),
+    (
+        "README.md",
+        "gives {} images/s; the usual way (a picture and two transforms for each image) gives {}. The training",
+        lambda: bench("loading, batch 64"),
+    ),
+    ("README.md", "run at {} to {} of the speed of a bare loop", loops),
+    (
+        "docs/speed.md",
+        "A step of `cnn` at batch 64 takes {} ms ({} images/s). The same {} kernels and copies as one CUDA "
+        "graph, which the CPU starts all at once, take {} ms. So the loop has {} % of",
+        on_a_gpu,
+    ),
+    (
+        "docs/speed.md",
+        "reached {} % and {} %, with {} s of training each, and {} s and {} s from start",
+        speedrun_on_a_gpu,
+    ),
+    (
+        "docs/speed.md",
+        "the first step took {} s, because CUDA's libraries are loaded when they are first used. Each of the "
+        "other 233 took {} ms.",
+        first_step_on_a_gpu,
+    ),
+    (
+        "docs/prediction.md",
+        "Step 04 computes for {} ms and talks for {} ms at 100 Mbit/s, and for {} ms at 10 Mbit/s.",
+        slow_links,
+    ),
+    ("docs/prediction.md", "Step 05 at batch 512 is {} % too low.", worst_prediction),
+    ("README.md", "of {} such places, the tests notice {}. If you break", mutants),
     ("README.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),
     ("01_single_gpu/README.md", "On {} with torch {}, it takes {} s", took("python 01_single_gpu/train.py")),
     (
@@ -86,6 +160,86 @@ FIGURES: list[Figures] = [
 ]
 
 
+PUBLISHED, SETTING = "published, the page says where", "a flag or a setting"
+ARITHMETIC, DEFAULT, GOAL, TIMED = (
+    "arithmetic",
+    "a default of torch's",
+    "a goal",
+    "timed by hand, without a record",
+)
+KNOWN: dict[str, dict[str, str]] = {
+    "README.md": {
+        "The installation takes 80 s on a fast connection, and about 5 GB": TIMED,
+        "up to about 25 MB by default": DEFAULT,
+        "How soon is 99 % reached?": GOAL,
+    },
+    "CONTRIBUTING.md": {
+        "Every step of step 05 takes 50 ms on a CPU": TIMED,
+        "`make bench` (17 minutes)": "benchmarks/results/intel-xeon-2-cores.json",
+        "(20 minutes, as root)": TIMED,
+        "are about 99 %": GOAL,
+    },
+    "01_single_gpu/README.md": {"(0.16 ms instead of 0.6 ms for `cnn`": TIMED},
+    "02_multigpu_spawn/README.md": {
+        "10 minutes with NCCL": DEFAULT,
+        "takes a rank about 5 µs": TIMED,
+    },
+    "03_multigpu_torchrun/README.md": {"what is missing to 100 %": ARITHMETIC},
+    "04_multinode/README.md": {
+        "The gradients of `cnn` in float32 are 0.83 MB": ARITHMETIC,
+        "need 0.66 s on the wire": ARITHMETIC,
+        "alone again after 16 s, together again 14 s": TIMED,
+        "2 s until the others": TIMED,
+        "14 s with `--timeout 5`": TIMED,
+        "within about 0.2 s when steps are short": "tests/test_interruptions.py",
+        "torchrun's 30 s": DEFAULT,
+    },
+    "05_fsdp/README.md": {
+        "within 2 %": "tests/test_fsdp.py",
+        "(P = 227 MB)": ARITHMETIC,
+        "DDP 227 MB, FSDP 341": ARITHMETIC,
+        "114 MB more are": ARITHMETIC,
+        "all parameters are 0.83 MB": ARITHMETIC,
+        "torchrun's is 30 s": DEFAULT,
+    },
+    "docs/prediction.md": {
+        "80 to 95 %": "the picture beside it",
+        "Seven of eight are within 20 %": "tests/test_benchmarks.py",
+        "from 1 kB to 67 MB (over the slow cables from 2 kB to 1 MB)": SETTING,
+        "about 40 %": PUBLISHED,
+        "(38 to 43 %)": PUBLISHED,
+        "450 GB/s": PUBLISHED,
+        "900 GB/s": PUBLISHED,
+        "400 GB/s": PUBLISHED,
+        "1.9 µs in a node, 4.0 µs between nodes, 10 µs (ring); 1.2, 8.5 and 4.4 µs (tree)": PUBLISHED,
+        "computes for 10 µs": "the table above it",
+        "takes 2 ms before": ARITHMETIC,
+    },
+    "docs/speed.md": {
+        "# 99 % in one epoch": GOAL,
+        "fall from 57 to 8, and accuracy rises to 99.05 %": "the table below it",
+        "98.96 % in the mean": TIMED,
+        "| 98.77% |": TIMED,
+        "| 98.89% |": TIMED,
+        "| 98.95% |": TIMED,
+        "15 % of the run, not 30 % | 98.96% |": TIMED,
+        "twice the steps | 98.99% |": TIMED,
+        "not 0.01 | 98.99% |": TIMED,
+        "this took 21 minutes": TIMED,
+        "it takes 17 minutes now": "benchmarks/results/intel-xeon-2-cores.json",
+        "takes 17 ms, and 0.4 to 0.7 ms more": TIMED,
+        "differ by up to 30 %": TIMED,
+        "takes 2.1 s there, in place of 1.7 s": TIMED,
+        "1.2, 3.8 and 4.1 s": "benchmarks/results/intel-xeon-2-cores.json",
+        "The file of 682 MB": "the table above it",
+        "0.5 s. Its checksum takes 0.16 s.": TIMED,
+        "the same bytes in 0.4 s at best, and in 1.8 s now and then": TIMED,
+        "where the goal is 97 %: for 1.5 ms": GOAL,
+        "- **99 %**": GOAL,
+    },
+}
+
+
 def sentence(words: str, number: str) -> re.Pattern[str]:
     """A pattern for a sentence that may be wrapped anywhere; `number` stands for each `{}`."""
     parts = [r"\s+".join(map(re.escape, part.split(" "))) for part in words.split("{}")]
@@ -109,3 +263,25 @@ def with_figures(page: Path, text: str) -> str:
             begin, end = place.span(group)
             text = text[:begin] + figure + text[end:]
     return text
+
+
+UNITS = r"%|s\b|ms|µs|MB|GB|KB|kB|images/s|minutes|seconds|points|hours"
+LOOKS_MEASURED = re.compile(rf"(?<![\w.#/−-])(?:\d[\d,.]*\d|\d)(?:e-?\d+)?\s(?:{UNITS})|(?<![\w.])\d[\d.]*%")
+
+
+def loose_numbers(page: Path, text: str) -> list[str]:
+    """Numbers with a unit in the sentences of a page, with the words around them, that nobody vouches for."""
+    text = re.sub(
+        r"^```.*?^```$|<!-- table.*?<!-- end -->|<!-- printed.*?<!-- end -->", "", text, flags=re.M | re.S
+    )
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    name = str(page.relative_to(ROOT))
+    for where, words, _ in FIGURES:
+        if where == name:
+            text = sentence(words, r".{1,60}?").sub("figures", text)
+    for words in KNOWN.get(name, {}):
+        if not sentence(words, "").search(text):
+            raise ValueError(f"{name} does not say '{words}' any more")
+        text = sentence(words, "").sub("known", text)
+    return [text[max(0, found.start() - 60) : found.end() + 20] for found in LOOKS_MEASURED.finditer(text)]

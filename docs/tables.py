@@ -8,7 +8,9 @@ import ast
 import functools
 import importlib.util
 import itertools
+import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +28,9 @@ def cells(row: str) -> list[str]:
 
 
 def row_of(line: list[str]) -> str:
+    """A table's line; the one below its head, of dashes, without spaces."""
+    if all(cell.strip("-:") == "" and cell for cell in line):
+        return f"|{'|'.join(line)}|\n"
     return f"| {' | '.join(line)} |\n".replace("|  |", "| |")
 
 
@@ -94,6 +99,27 @@ def bytes_table(_: str) -> str:
 def bench_table(_: str) -> str:
     """What `make bench` has found, without its first line."""
     return "\n".join((RESULTS / "amd-epyc-2-cores.md").read_text().splitlines()[2:]) + "\n"
+
+
+def speedrun_table(_: str) -> str:
+    """The speed-run at one rank and at two."""
+    rows = []
+    for line in (RESULTS / "speedrun.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        seconds = [f"{run[name]:.1f} s" for name in ("train_seconds", "wall_seconds")]
+        rows.append([f"{run['ranks']}", f"{run['n']}", f"{run['mean']:.2f}%", f"{run['sd']:.2f}", *seconds])
+    head = ["ranks", "seeds", "mean accuracy", "standard deviation", "training", "from start to result"]
+    return rows_of(head, rows)
+
+
+def rungs_table(_: str) -> str:
+    """An epoch's seconds, and what is right after it, one idea a rung."""
+    rows = []
+    for idea, found in results("ladder.json")["rungs"].items():
+        seconds = found["seconds"]
+        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        rows.append([idea, spread, f"{statistics.mean(found['accuracies']):.2f}%"])
+    return rows_of(["one idea a rung", "s an epoch", "accuracy after it"], rows)
 
 
 # What step 05 prints of its bytes, at several numbers of ranks.
@@ -204,6 +230,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "links": links_table,
     "steps": steps_table,
     "bench": bench_table,
+    "speedrun": speedrun_table,
+    "rungs": rungs_table,
     "shards": shards_table,
     "ladder": ladder_table,
     "flags": functools.partial(flags_table, shared=True),
