@@ -111,12 +111,14 @@ class Cluster:
             assert time.monotonic() < end, f"{why}: not within {seconds} s"
             time.sleep(0.1)
 
-    def submit(self, *flags: str) -> str:
-        """Submit the script; the job's number."""
+    def submit(self, *flags: str, options: str = "") -> str:
+        """Submit the script, with sbatch's `options`; the job's number."""
         disk = self.net.disk
         own = [f"--snapshot-dir={disk}/snapshots", f"--metrics={disk}/metrics.jsonl", "--use-gpu=0"]
         words = [*PROOF, f"--batch-size={GLOBAL_BATCH // 2}", *own, *flags]
-        return self.run(f"sbatch --parsable 04_multinode/slurm.sbatch {' '.join(words)}").strip()
+        return self.run(
+            f"sbatch --parsable {options} 04_multinode/slurm.sbatch {' '.join(words)}"
+        ).strip()
 
     def state(self, job: str) -> str:
         return self.run(
@@ -168,19 +170,37 @@ def test_a_job_equals_step_03(cluster, proof):
     check(cluster, proof)
 
 
-def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof):
+def interrupted(cluster, proof, interrupt, options="") -> None:
+    """A job that `interrupt`, given its number, makes save and queue again ends where one left alone ends."""
     go = cluster.folder / "go"
     planted(cluster.project, "04", pause(25, go))
-    job = cluster.submit("--save-every=1")
+    job = cluster.submit("--save-every=1", options=options)
     disk = cluster.net.hosts[1].disk / "snapshots"
     cluster.wait_for(
         lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 60
     )
-    cluster.run(f"scancel --signal=TERM {job}")
+    interrupt(job)
     go.touch()
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
     # Slurm would wait two minutes. Not now either: nodes revoke a job's credentials up to the current second.
-    cluster.run(f"scontrol update JobId={job} StartTime=now+2")
+    cluster.run(f"scontrol update JobId={job} StartTime=now+2 TimeLimit=10")
     out = cluster.finish(job)
     assert "SIGTERM: saved at step" in out and "SIGTERM: queueing again" in out and "resumed from" in out
     check(cluster, proof)
+
+
+# A signal comes to the job's steps; with --batch to the script alone, as from --signal=B:USR1@60; with --full to both.
+@pytest.mark.parametrize("signal", ["TERM", "USR1", "USR2", "USR1 --batch", "USR1 --full"])
+def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof, signal):
+    interrupted(cluster, proof, lambda job: cluster.run(f"scancel --signal={signal} {job}"))
+
+
+def test_a_job_with_signal_usr1_whose_time_is_nearly_up_does_the_same(cluster, proof):
+    """Here Slurm sends the signal by itself: when a minute of three is left, or up to a minute earlier."""
+
+    def wait(job: str) -> None:
+        outs = [cluster.project / f"ddp-{job}-node{i}.out" for i in (1, 2)]
+        told = "Received 15 death signal"  # torchrun: SIGTERM, which bash has made of USR1
+        cluster.wait_for(lambda: all(told in path.read_text() for path in outs), told, 150)
+
+    interrupted(cluster, proof, wait, "--time=3 --signal=USR1@60")
