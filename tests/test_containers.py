@@ -1,4 +1,4 @@
-"""The Dockerfile and .devcontainer: a linter accepts the one, the format's rules the other; they fit the project.
+"""The Dockerfile passes a linter, .devcontainer keeps to its format, and both fit the project.
 
 They are not built here. What their lines need is there, and what they leave out is what git leaves out.
 """
@@ -59,13 +59,18 @@ def test_the_linter_would_refuse_a_mistake(tmp_path, right, wrong, code):
 
 def test_what_the_dockerfile_copies_and_installs_is_there():
     lines = instructions()
-    copies = [[word for word in words if not word.startswith("--")] for name, words in lines if name == "COPY"]
+    copies = [
+        [word for word in words if not word.startswith("--")] for name, words in lines if name == "COPY"
+    ]
     assert copies == [["requirements.txt", "."], [".", "."]]
     files = [words[words.index("--requirement") + 1] for name, words in lines if "--requirement" in words]
     assert files == ["requirements.txt"]
     # Its lines are words that pip takes, but for the comments: what `make train` installs.
     said = (ROOT / files[0]).read_text().splitlines()
-    assert {re.split(r"[>=]", line)[0] for line in said if not line.startswith("#")} >= {"torch", "torchvision"}
+    assert {re.split(r"[>=]", line)[0] for line in said if not line.startswith("#")} >= {
+        "torch",
+        "torchvision",
+    }
     # The base has a Python that pyproject.toml promises.
     version = dict((name, words) for name, words in lines)["FROM"][0].partition(":")[2]
     oldest = re.search(r'target-version = "py3(\d+)"', (ROOT / "pyproject.toml").read_text())
@@ -89,8 +94,8 @@ def test_kubernetes_expects_what_the_image_has():
     assert made[made.index("--uid") + 1] == last["USER"][0] and made[-1] == last["WORKDIR"][0]
 
 
-def test_the_image_gets_no_more_than_git_has(tmp_path):
-    """What git ignores, .dockerignore ignores: no data, snapshots or environments in the image, but all scripts."""
+def test_the_image_gets_no_more_than_git_has():
+    """What git ignores, .dockerignore ignores: no data, snapshots, environments; and nothing of ours."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("needs git, and a checkout")
     ignored = set((ROOT / ".dockerignore").read_text().split())
