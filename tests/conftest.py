@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the t
 
 import forks  # noqa: E402
 import torch  # noqa: E402
-from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, Run, read_run, train  # noqa: E402
+from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, ROOT, Run, read_run, train  # noqa: E402
 
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
@@ -98,12 +98,13 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
     base = tmp_path_factory.getbasetemp()
     shared = base if worker_id == "master" else base.parent
 
-    def get(step: str, ranks: int, *flags: str) -> Run:
-        folder = shared / f"run-{step}-{ranks}{''.join(flags).replace('/', '_')}"
+    def get(step: str, ranks: int, *flags: str, root: Path = ROOT) -> Run:
+        where = "" if root == ROOT else f"{root.name}-"  # a copy: the same for all processes, by its name
+        folder = shared / f"run-{where}{step}-{ranks}{''.join(flags).replace('/', '_')}"
         with FileLock(f"{folder}.lock"):
             if forks.TRACE in os.environ or not (folder / "out").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
-                (folder / "out").write_text(train(step, ranks, folder, *flags).out)
+                (folder / "out").write_text(train(step, ranks, folder, *flags, root=root).out)
         return read_run(f"step {step} at {ranks} ranks", folder, (folder / "out").read_text())
 
     return get

@@ -1,0 +1,306 @@
+"""A model and data of one's own: with the workshop's patches on a text, the steps keep their promises."""
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    FOLDERS,
+    ROOT,
+    SHARDED,
+    command,
+    disagreements,
+    errors,
+    finish,
+    largest_difference,
+    load,
+    paths,
+    planted,
+    start,
+    train,
+)
+
+from common.snapshot import snapshots, step_of
+from workshop import text_model
+
+WORKSHOP = ROOT / "workshop"
+# The patch of each step, and how many changed lines it may have in its train.py, and in all files.
+PATCHES = {
+    "01": ("text_model_01.patch", 25, 25),
+    "03": ("text_model.patch", 25, 25),
+    "05": ("text_model_05.patch", 26, 30),
+}
+# 53 steps of 6 pieces an epoch. Neither 323 pieces nor the 53 to test on divide by 2 or 3.
+BATCH = 6
+FLAGS = ["--num-samples=323", "--epochs=2", "--vit-depth=2", "--precision=float64", "--save-every=30"]
+QUICK = [("03", 3)]
+GROWN = [
+    pytest.param(step, ranks, marks=[] if (step, ranks) in QUICK else pytest.mark.slow)
+    for step in ("03", "05")
+    for ranks in (1, 2, 3)
+]
+
+
+def apply(root, *steps):
+    """Copy the steps and `common` to `root`, and do there what text_model.py says."""
+    for folder in ("common", *(FOLDERS[step] for step in steps)):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for step in steps:
+        shutil.copy(WORKSHOP / "text_model.py", root / FOLDERS[step])
+        load(WORKSHOP / "break_it.py").apply(WORKSHOP / PATCHES[step][0], root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def on_text(tmp_path_factory):
+    """A copy of the steps that have a patch, with it."""
+    return apply(tmp_path_factory.mktemp("on", numbered=False) / "text", *PATCHES)
+
+
+@pytest.fixture(scope="session")
+def proof(once, on_text):
+    """The run of a step on the text, with FLAGS, made once."""
+
+    def get(step, ranks=1):
+        return plain(once(step, ranks, *FLAGS, f"--batch-size={BATCH // ranks}", root=on_text), on_text)
+
+    return get
+
+
+def plain(run, root):
+    """Step 05's run, its newest snapshot as a file, too: only the convert.py in `root` knows the model."""
+    for path in snapshots(run.snapshot_dir, sharded=True)[:1]:
+        if not path.with_suffix(".pt").exists():
+            words = [sys.executable, str(root / FOLDERS[SHARDED] / "convert.py"), str(path)]
+            status, out, err = finish(start(words, run.snapshot_dir))
+            assert status == 0, f"{out}\n{err}"
+    return run
+
+
+def changed(patch):
+    """The lines that a patch takes out and puts in, for each file that it changes."""
+    found = {}
+    for line in (WORKSHOP / patch).read_text().splitlines():
+        if line.startswith("+++ b/"):
+            found[line.removeprefix("+++ b/")] = lines = []
+        elif line[0] in "+-" and not line.startswith("--- a/"):
+            lines.append(line)
+    return found
+
+
+@pytest.mark.parametrize("step", PATCHES)
+def test_a_patch_is_short_and_leaves_common_alone(step):
+    patch, of_script, in_all = PATCHES[step]
+    counts = {file: Counter(line[0] for line in lines) for file, lines in changed(patch).items()}
+    for file, count in counts.items():
+        print(f"{patch}: {file} +{count['+']} −{count['-']}")
+    assert 0 < counts[f"{FOLDERS[step]}/train.py"].total() <= of_script
+    assert sum(count.total() for count in counts.values()) <= in_all
+    assert {Path(file).parts[0] for file in counts} == {FOLDERS[step]}
+    assert max(len(line) for lines in changed(patch).values() for line in lines) <= 101  # "+", and a slide
+
+
+def test_the_patches_change_the_same_lines():
+    """But for the docstring, for DDP's model, and for step 05's units: a reader has to learn one of them."""
+    one, *others = (
+        {line[1:] for line in changed(patch)[f"{FOLDERS[step]}/train.py"] if '"""' not in line}
+        for step, (patch, _, _) in PATCHES.items()
+    )
+    for other in others:
+        print(sorted(one ^ other))
+        assert len(one & other) >= 12
+
+
+@pytest.mark.parametrize(("step", "ranks"), GROWN)
+def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks):
+    run, reference = proof(step, ranks), proof("01")
+    assert len(run.losses) == 106
+    assert run.test["total"] == 53 * text_model.LENGTH  # one answer for each character
+    assert disagreements(run, reference) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks"),
+    [("03", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("01", 1), ("03", 2), ("05", 3)])],
+)
+def test_on_a_text_too_a_resumed_run_is_bit_identical(proof, on_text, tmp_path, step, ranks):
+    """From step 90 of 106, which is step 37 of the 53 of its epoch."""
+    whole = proof(step, ranks)
+    (tmp_path / "snapshots").mkdir()
+    [path] = [path for path in snapshots(whole.snapshot_dir, step == SHARDED) if step_of(path) == 90]
+    (shutil.copytree if step == SHARDED else shutil.copy)(path, tmp_path / "snapshots" / path.name)
+    run = plain(train(step, ranks, tmp_path, *FLAGS, f"--batch-size={BATCH // ranks}", root=on_text), on_text)
+    difference = largest_difference(run.weights, whole.weights)
+    print(f"{run.name}, resumed after step 90 of 106: {len(run.losses)} steps, weights {difference}")
+    assert "resumed from snapshots: epoch 1, step 90\n" in run.out
+    assert difference == 0.0
+    # Reported over other steps at a time: an all-reduce adds numbers of three ranks in another order then.
+    assert (run.losses - whole.losses[90:]).abs().max() < 1e-14
+    assert run.test == whole.test
+
+
+def test_it_learns_more_than_which_character_is_most_common(proof):
+    """On a text of sums which the text to train on does not have."""
+    run = proof("01")
+    accuracies = [event["accuracy"] for event in run.events if event["event"] == "eval"]
+    labels = text_model.load_text(None, 323)[1].tensors[1]
+    guessing = labels.unique(return_counts=True)[1].max().item() / labels.numel()
+    print(f"accuracy after each epoch {accuracies}, of the most common character {guessing:.4f} (twice that)")
+    assert 2 * guessing < accuracies[0] < accuracies[1]
+    # Who sees what is to be guessed has it all right; of the first number in a sum nobody can.
+    assert accuracies[1] < 0.9
+
+
+def test_no_guess_knows_what_follows():
+    """With all that stands behind it changed, a guess stays what it was; those behind it do not."""
+    torch.manual_seed(0)
+    model = text_model.Decoder(width=64, depth=2).double()
+    text, other = torch.randint(256, (2, 3, text_model.LENGTH), dtype=torch.uint8)
+    for known in (1, 20, text_model.LENGTH - 1):
+        mixed = torch.cat([text[:, :known], other[:, known:]], dim=1)
+        off = (model(text) - model(mixed)).abs().amax(dim=(0, 2))
+        print(
+            f"{known} characters alike: guesses off by {off[:known].max():.1e}, behind them {off[known]:.1e}"
+        )
+        assert off[:known].max() < 1e-12 < 1e-3 < off[known]
+
+
+def test_each_character_is_guessed_once():
+    text = bytes(range(1, 200)) * 2
+    pieces = text_model.Text(text, "some")
+    texts, labels = pieces.__getitems__(list(range(len(pieces))))
+    print(texts.shape, texts.dtype, labels.dtype)
+    assert bytes(texts.flatten().tolist()) == text[: texts.numel()]
+    assert bytes(labels.flatten().tolist()) == text[1 : texts.numel() + 1]
+    assert len(text) - texts.numel() <= text_model.LENGTH
+
+
+def number(words):
+    """17 for "seventeen", 42 for "forty-two"."""
+    return next(number for number in range(100) if text_model.in_words(number) == words)
+
+
+def test_the_sums_are_right_and_the_tested_ones_are_new():
+    train_data, test_data = text_model.load_text(None, 2000)
+    assert (len(train_data), len(test_data)) == (2000, 333)
+    assert (train_data.name, train_data.fallback) == ("sums-2000", "")
+    seen = [set(), set()]
+    for found, data in zip(seen, (train_data, test_data), strict=True):
+        *sentences, _ = data.text.decode().split(". ")
+        for sentence in sentences:
+            a, b, total = map(number, re.fullmatch(r"(\S+) and (\S+) is (\S+)", sentence).groups())
+            assert a + b == total, sentence
+            found.add((a, b))
+    print(f"{len(seen[0])} sums to train on, {len(seen[1])} to test on")
+    assert 1500 < len(seen[0]) <= 2100 and 250 < len(seen[1]) <= 400
+    assert not seen[0] & seen[1]
+
+
+def test_your_own_text_is_what_is_in_the_folder(tmp_path):
+    (tmp_path / "b.txt").write_text("Größe " * 200)
+    (tmp_path / "a.md").write_text("small " * 200)
+    (tmp_path / "c.py").write_text("none of it")
+    text = ("small " * 200 + "\n" + "Größe " * 200).encode()
+    train_data, test_data = text_model.load_text(tmp_path)
+    print(train_data.name, len(train_data), len(test_data))
+    assert len(train_data) + len(test_data) in (len(text) // 64 - 1, len(text) // 64)
+    assert len(test_data) == len(train_data) // 6
+    assert train_data.text[:-1] + test_data.text == text[: len(train_data.text) + len(test_data.text) - 1]
+    fewer, _ = text_model.load_text(tmp_path, 7)
+    assert len(fewer) == 7 and fewer.text == text[: 7 * 64 + 1]
+    # Another text is another run, and other data for check_same.
+    (tmp_path / "a.md").write_text("smelt " * 200)
+    again, _ = text_model.load_text(tmp_path)
+    assert again.name != train_data.name and again.checksum() != train_data.checksum()
+    assert text_model.load_text(None, 9)[0].checksum() == text_model.load_text(None, 9)[0].checksum()
+
+
+WRONG = {
+    "no folder": (["--data-dir=nowhere"], "cannot read nowhere: No such file or directory; point --data-dir"),
+    "no text": (
+        ["--data-dir=empty"],
+        "the *.txt and *.md in empty make 0 pieces of 64 characters, and 2 are",
+    ),
+    "little text": (["--data-dir=little", "--num-samples=8"], "make 6 pieces of 64 characters, and 9 are"),
+    "a folder as a file": (["--data-dir=odd"], "cannot read odd/a.txt: Is a directory; point --data-dir"),
+    "a model of digits": (
+        ["--model=cnn"],
+        "--model cnn is for digits: leave it out; --vit-width, --vit-depth",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_is_said_in_one_line(on_text, tmp_path, wrong):
+    for folder in ("empty", "little", "odd/a.txt"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "little" / "a.txt").write_text("four" * 100)
+    flags, said = WRONG[wrong]
+    status, out, err = finish(start([*command("01", 1, on_text), "--use-gpu=0", *flags], tmp_path))
+    print(out, err)
+    assert status == 2 and "Traceback" not in err and len(errors(err)) == 1 and said in err
+    assert sorted(os.listdir(tmp_path)) == ["empty", "little", "odd"]
+
+
+def test_the_flags_size_the_decoder(on_text, tmp_path):
+    flags = ["--num-samples=16", "--batch-size=16", "--epochs=1", "--vit-width=128", "--vit-depth=3"]
+    run = train("01", 1, tmp_path, *flags, root=on_text)
+    assert run.out.startswith("01_single_gpu: decoder on sums-16, cpu, float32, 1 × batch 16 = 16 ")
+    assert run.state["run"] == "decoder-128x3-sums-16"
+    assert run.weights["head.weight"].shape == (256, 128)
+    assert len({name.split(".")[1] for name in run.weights if name.startswith("blocks.")}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--meta-init", "--activation-checkpointing", "--accumulate=3"],
+        ["--no-reshard", "--cpu-offload", "--replicas=2"],
+    ],
+    ids=" ".join,
+)
+def test_step_05s_flags_change_nothing(proof, on_text, tmp_path, flags):
+    batch = BATCH // 2 // (3 if "--accumulate=3" in flags else 1)
+    run = train("05", 2, tmp_path, *FLAGS, f"--batch-size={batch}", *flags, root=on_text)
+    assert disagreements(plain(run, on_text), proof("01")) == []
+
+
+@pytest.mark.slow
+def test_ranks_with_other_texts_are_told(tmp_path):
+    """As on nodes of which one has another text."""
+    root = apply(tmp_path / "root", "05")
+    planted(root, "05", ("load_text(args.data_dir,", "load_text(args.data_dir / os.environ['RANK'],"))
+    for rank in "01":
+        (tmp_path / "text" / rank).mkdir(parents=True)
+        (tmp_path / "text" / rank / "a.txt").write_text(f"rank {rank} " * 100)
+    words = [*command("05", 2, root), "--use-gpu=0", "--data-dir=text"]
+    status, _, err = finish(start(words, tmp_path))
+    print(errors(err))
+    assert status != 0
+    assert re.search(r"^error: rank 1 on \S+ has data text-\w+ \w+, rank 0 on \S+ has text-\w+ ", err, re.M)
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_written(tmp_path):
+    """Those of text_model.py's docstring, and back."""
+    for name in ("common", "workshop", FOLDERS["03"]):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    lines = re.findall(r"^    (\S.*)$", text_model.__doc__, re.M)
+    assert [shlex.split(line)[0] for line in lines] == ["cp", "git", "torchrun"]
+    lines[-1] += " --num-samples 256 --epochs 1 --use-gpu 0"
+    before = (ROOT / FOLDERS["03"] / "train.py").read_text()
+    for line in [*lines, lines[1].replace("apply", "apply -R")]:
+        env = {"PATH": paths(), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        status, out, err = finish(start(["bash", "-c", line], tmp_path, **env))
+        print(f"$ {line}\n{out}\n{err}")
+        assert status == 0
+        if line.startswith("torchrun"):
+            assert re.search(r"^epoch 1/1  test loss .* \([\d,]+ of 2,688\)$", out, re.M)
+    assert (tmp_path / FOLDERS["03"] / "train.py").read_text() == before
