@@ -179,22 +179,22 @@ def test_each_character_is_guessed_once():
     assert bytes(texts.flatten().tolist()) == text[: texts.numel()]
     assert bytes(labels.flatten().tolist()) == text[1 : texts.numel() + 1]
     assert len(text) - texts.numel() <= text_model.LENGTH
-
-
-def number(words):
-    """17 for "seventeen", 42 for "forty-two"."""
-    return next(number for number in range(100) if text_model.in_words(number) == words)
+    assert pieces.checksum() != text_model.Text(text[::-1], "some").checksum()
+    assert pieces.checksum() != text_model.Text(text, "other").checksum()
 
 
 def test_the_sums_are_right_and_the_tested_ones_are_new():
     train_data, test_data = text_model.load_text(None, 2000)
     assert (len(train_data), len(test_data)) == (2000, 333)
     assert (train_data.name, train_data.fallback) == ("sums-2000", "")
+    assert text_model.load_text(None)[0].name == f"sums-{text_model.PIECES}"
+    numbers = {text_model.in_words(number): number for number in range(100)}
+    assert len(numbers) == 100 and numbers["seventeen"] == 17 and numbers["forty-two"] == 42
     seen = [set(), set()]
     for found, data in zip(seen, (train_data, test_data), strict=True):
         *sentences, _ = data.text.decode().split(". ")
         for sentence in sentences:
-            a, b, total = map(number, re.fullmatch(r"(\S+) and (\S+) is (\S+)", sentence).groups())
+            a, b, total = (numbers[word] for word in re.split(" and | is ", sentence))
             assert a + b == total, sentence
             found.add((a, b))
     print(f"{len(seen[0])} sums to train on, {len(seen[1])} to test on")
@@ -230,7 +230,7 @@ WRONG = {
     "little text": (["--data-dir=little", "--num-samples=8"], "make 6 pieces of 64 characters, and 9 are"),
     "a folder as a file": (["--data-dir=odd"], "cannot read odd/a.txt: Is a directory; point --data-dir"),
     "a model of digits": (
-        ["--model=cnn"],
+        ["--model=cnn", "--num-samples=64"],
         "--model cnn is for digits: leave it out; --vit-width, --vit-depth",
     ),
 }
@@ -270,6 +270,16 @@ def test_step_05s_flags_change_nothing(proof, on_text, tmp_path, flags):
     batch = BATCH // 2 // (3 if "--accumulate=3" in flags else 1)
     run = train("05", 2, tmp_path, *FLAGS, f"--batch-size={batch}", *flags, root=on_text)
     assert disagreements(plain(run, on_text), proof("01")) == []
+
+
+@pytest.mark.slow
+def test_step_05s_units_are_the_blocks(proof):
+    """So the most that is gathered at a time is less than the whole: one block is not."""
+    memory = [event for event in proof("05", 2).events if event["event"] == "memory"][-1]
+    gathered, whole = memory["ranks"][0][3], memory["ddp"][0]
+    block = sum(weight.nbytes for weight in text_model.Block(64).double().parameters())
+    print(f"gathered at most {gathered:,} bytes of {whole:,}; a block has {block:,}")
+    assert gathered == whole - block
 
 
 @pytest.mark.slow
