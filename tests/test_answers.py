@@ -223,7 +223,7 @@ def test_what_a_notebook_defines_cannot_be_spawned(tmp_path):
         "if __name__ == '__main__': mp.spawn(worker, nprocs=1)\n"
     )
     alone = [sys.executable, "-c", script]
-    status, out, err = finish(start(alone, tmp_path, real=True))
+    status, _, err = finish(start(alone, tmp_path, real=True))
     print(err)
     assert status == 1 and words in err
     (tmp_path / "script.py").write_text(script)  # what %%writefile does
