@@ -177,7 +177,7 @@ def interrupted(cluster, proof, interrupt, options="") -> None:
     job = cluster.submit("--save-every=1", options=options)
     disk = cluster.net.hosts[1].disk / "snapshots"
     cluster.wait_for(
-        lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 60
+        lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 120
     )
     interrupt(job)
     go.touch()
