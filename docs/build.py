@@ -10,10 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from docs import cheatsheet, pages, pictures
+from docs import cheatsheet, notebooks, pages, pictures
 
 if __name__ == "__main__":
     pictures.draw_all()
     for page in pages.PAGES:
         page.write_text(pages.filled(page))
+    notebooks.build_all()  # of the pages, so behind them
     cheatsheet.build(cheatsheet.SOURCE, cheatsheet.PDF)
