@@ -37,7 +37,8 @@ REFUTED = {
 }
 CARDS = {"01": [], "02": ["01"], "03": ["05"], "04": ["08"], "05": ["11", "15"]}
 
-TORCHRUN = "torchrun --standalone --nproc-per-node=2"
+# One thread for each rank is what torchrun takes by itself, with five lines of warning.
+TORCHRUN = "OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2"
 COMMAND = {  # a step takes 64 images in each of them, so all five learn the same
     "01": "python 01_single_gpu/my_train.py",
     "02": "python 02_multigpu_spawn/my_train.py --world-size 2 --use-gpu 0 --batch-size 32",
@@ -289,7 +290,7 @@ def questions(cells: Cells, step: str) -> None:
         cells.text(f"**{sentence}**", folded("the command, and the answer", answer))
     for number in CARDS[step]:
         [card] = WORKSHOP.glob(f"break_it/{number}_*/card.md")
-        cells.text(below(shown(card.read_text(), card, step)))
+        cells.text(below(shown(card.read_text(), card, step)).replace("### ", "### Card ", 1))
 
 
 def notebook(step: str) -> str:
