@@ -10,11 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from docs import cheatsheet, notebooks, pages, pictures
+from docs import cheatsheet, notebooks, onepage, pages, pictures  # noqa: E402
 
 if __name__ == "__main__":
     pictures.draw_all()
     for page in pages.PAGES:
         page.write_text(pages.filled(page))
-    notebooks.build_all()  # of the pages, so behind them
+    notebooks.build_all()  # of the pages as they are now
+    onepage.build()
     cheatsheet.build(cheatsheet.SOURCE, cheatsheet.PDF)
