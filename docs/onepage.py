@@ -223,7 +223,7 @@ def prose(page: Path, text: str) -> str:
     """A piece of a page's Markdown as HTML."""
     env: EnvType = {"page": page}
     MARKDOWN.parse(page.read_text(), env)  # for the links that it defines at its end
-    return str(MARKDOWN.render(text, env))
+    return str(MARKDOWN.render(text, env)).replace("<th></th>", "<td></td>")  # a column without a name
 
 
 def inline(text: str) -> str:
@@ -300,7 +300,7 @@ def pictures() -> str:
     for page in sorted(DOCS.glob("*.md")):
         for heading, text in sections(page.read_text()):
             found = re.search(r"pictures/([\w-]+)-light", text)
-            if found and found[1] not in shown:
+            if found and f"pictures/{found[1]}-light" not in shown:
                 link = f'<a href="{page.name}#{slug(heading)}">{page.name}</a>'
                 body += f"<h3>{inline(heading)} <small>{link}</small></h3>\n{prose(page, text)}"
     return body
