@@ -219,10 +219,17 @@ for rule in (html_block, fence, link_open, image, table_open, table_close):
     MARKDOWN.add_render_rule(rule.__name__, rule)
 
 
+@cache
+def references(page: Path) -> object:
+    """The links that a page defines at its end."""
+    env: EnvType = {"page": page}
+    MARKDOWN.parse(page.read_text(), env)
+    return env.get("references", {})
+
+
 def prose(page: Path, text: str) -> str:
     """A piece of a page's Markdown as HTML."""
-    env: EnvType = {"page": page}
-    MARKDOWN.parse(page.read_text(), env)  # for the links that it defines at its end
+    env: EnvType = {"page": page, "references": references(page)}
     return str(MARKDOWN.render(text, env)).replace("<th></th>", "<td></td>")  # a column without a name
 
 
