@@ -269,6 +269,7 @@ def test_a_swipe_goes_to_the_next_piece(visit):
         (-150, 10, second),
         (150, 10, first),
         (-20, -250, first),  # that one scrolls
+        (-100, -250, first),  # and so does that one
         (-30, 0, first),  # and that one is a finger that shakes
         (150, 0, "03-run-it"),
     ):
@@ -436,26 +437,35 @@ def test_light_and_dark_follow_the_system_and_a_key(visit, theme, other):
     page.wait_for_function("other => document.documentElement.dataset.theme === other", arg=other)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", ["phone", "laptop"])
-def test_axe_finds_nothing(visit, theme, size):
+@pytest.mark.parametrize(
+    ("size", "theme", "tried"),
+    [
+        ("laptop", "light", ["ladder", "01-how-it-works", "02-the-evaluation", "workshop", "?"]),
+        ("laptop", "dark", ["05-the-bytes", "02-the-evaluation"]),
+        ("phone", "light", ["02-the-evaluation"]),
+    ],
+)
+def test_axe_finds_nothing(visit, size, theme, tried):
     """Contrast, landmarks, headings, names, focus: all rules of axe-core, on each kind of stop."""
     rules = package("axe-core/axe.min.js").read_text()
-    page = visit("ladder", size, theme)
+    page = visit(tried[0], size, theme)
     page.evaluate(rules)
     found = []
-    tried = ["ladder", "01-how-it-works", "02-the-evaluation", "05-the-bytes", "workshop", "f", "?"]
     for to in tried:
-        if len(to) == 1:
+        if to == "?":
             press(page, to)
-        else:
+        elif here(page) != to:
             page.evaluate("to => location.hash = to", to)
             page.wait_for_function("id => document.querySelector('article.on').id === id", arg=to)
-        report = page.evaluate("axe.run({resultTypes: ['violations']})")
+        report = page.evaluate(
+            """axe.run({exclude: [".page:not(.on)", "article:not(.on)"]}, {resultTypes: ["violations"]})
+                .then(({violations, passes}) => ({violations, passes: passes.length}))"""
+        )
         for broken in report["violations"]:
             nodes = [node["html"][:160] for node in broken["nodes"][:3]]
             found.append(f"{to}: {broken['id']}: {broken['help']}: {nodes}")
-        assert len(report["passes"]) > 10
+        print(f"{to}: {report['passes']} rules are kept")
+        assert report["passes"] > 10
     print(*found, sep="\n")
     assert found == []
 
