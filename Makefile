@@ -49,7 +49,8 @@ lint: .venv/installed-dev
 	$(VENV)/mypy
 
 clean:
-	rm -rf .venv checkpoints .mutants comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv checkpoints .mutants comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache \
+		tests/browser/node_modules
 
 # Touched last, so that an installation that was interrupted is done again.
 .venv/installed: requirements.txt

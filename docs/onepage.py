@@ -80,7 +80,7 @@ def row(sign: str, number: int | None, html: str, more: str = "") -> str:
     tag = {"-": "del", "+": "ins"}.get(sign, "div")
     words = html.lstrip(" ")
     indent = html[: len(html) - len(words)]
-    if len(re.sub("<.*?>", "", html)) > 50:
+    if len(re.sub("<.*?>", "", html)) > 30:
         words = re.sub(r"(?<=\w)([.(])(?=[\w<*])", r"\1<wbr>", words)
     numbered = f" data-n={number}" if number else ""
     where, space = (f" i{len(indent) // 4}", f"<b>{indent}</b>") if indent else ("", "")
