@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from docs import cheatsheet, notebooks, onepage, pages, pictures  # noqa: E402
+from docs import cheatsheet, notebooks, onepage, pages, pictures
 
 if __name__ == "__main__":
     pictures.draw_all()

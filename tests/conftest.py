@@ -24,7 +24,7 @@ from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, ROOT, Run, read_run, trai
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
     "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
-    "long": "takes minutes more, of the workshop: make test-all ARGS=--long",
+    "long": "takes minutes more: make test-all ARGS=--long",
     "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
 }
 ENDED = pytest.StashKey[str]()  # of a test: how, and after how many seconds

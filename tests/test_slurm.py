@@ -195,6 +195,7 @@ def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, p
     interrupted(cluster, proof, lambda job: cluster.run(f"scancel --signal={signal} {job}"))
 
 
+@pytest.mark.long
 def test_a_job_with_signal_usr1_whose_time_is_nearly_up_does_the_same(cluster, proof):
     """Here Slurm sends the signal by itself: when a minute of four is left, or up to a minute earlier."""
 
