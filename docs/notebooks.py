@@ -57,7 +57,7 @@ BEFORE = """\
 All commands run in the top folder of the repository. On a hosted notebook, the next cell fetches the
 repository and installs what is missing. {runtime}
 
-This notebook has run in JupyterLab and in the tests, on CPUs. It has not been run on a hosted service."""
+The tests run this notebook on CPUs. It has not been run on a hosted service."""
 SETUP = """\
 import os
 import subprocess
