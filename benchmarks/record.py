@@ -1,8 +1,11 @@
 """Runs the commands whose output the pages show, and records it: `make record`.
 
+    python benchmarks/record.py --data-dir data             # all of them
+    python benchmarks/record.py --data-dir data --only vit  # those with these words in them
+
 The pages say which: `<!-- output: COMMAND`. Each runs in a folder of its own that has the repository's files,
-and MNIST as `data`. What came, and how long it took, goes to benchmarks/results/outputs.json, from which
-`make docs` fills the pages. Twenty minutes, as root, with no other work on the machine.
+and MNIST as `data`. What came, how long it took, where and when goes to benchmarks/results/outputs.json, from
+which `make docs` fills the pages. Half an hour, as root, with no other work on the machine.
 """
 
 import argparse
@@ -40,18 +43,23 @@ def commands() -> list[str]:
 
 
 def recorded(command: str, data: Path) -> dict[str, Any]:
-    """Run one, which must end well: its seconds, and the lines that it has printed."""
+    """Run one, which must end well: the lines that it has printed, its seconds, the machine and the day."""
     with tempfile.TemporaryDirectory() as name:
         for file in FILES:
             Path(name, file).symlink_to(ROOT / file)
         Path(name, "data").symlink_to(data.resolve())
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         begun = time.monotonic()
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=name, env=env, stdout=subprocess.PIPE, text=True, check=True
-        )
-        seconds = time.monotonic() - begun
-    return {"seconds": round(seconds, 1), "output": done.stdout.splitlines()}
+        words = ["bash", "-c", command]
+        done = subprocess.run(words, cwd=name, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        seconds = round(time.monotonic() - begun, 1)
+    facts = {"machine": speedrun.machine(), "torch": torch.__version__.partition("+")[0]}
+    return {
+        **facts,
+        "date": f"{datetime.date.today()}",
+        "seconds": seconds,
+        "output": done.stdout.splitlines(),
+    }
 
 
 def main() -> None:
@@ -59,18 +67,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is")
+    parser.add_argument("--only", default="", metavar="WORDS", help="commands with these words in them")
     args = parser.parse_args()
-    found = {}
-    for command in commands():
-        print(command, flush=True)
-        found[command] = recorded(command, args.data_dir)
-    record = {
-        "machine": speedrun.machine(),
-        "torch": torch.__version__,
-        "date": f"{datetime.date.today()}",
-        "commands": found,
-    }
-    (RESULTS / "outputs.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    file = RESULTS / "outputs.json"
+    record = json.loads(file.read_text()) if file.exists() else {}
+    wanted = commands()
+    record = {command: record[command] for command in wanted if command in record}  # and no page's of before
+    for command in wanted:
+        if args.only in command:
+            print(command, flush=True)
+            record[command] = recorded(command, args.data_dir)
+            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

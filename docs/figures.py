@@ -20,14 +20,9 @@ def took(command: str) -> Callable[[], list[str]]:
     """The machine, torch's version and the seconds of a command that `make record` has run."""
 
     def found() -> list[str]:
-        record = results("outputs.json")
-        machine, cores = record["machine"].rsplit(", ", 1)
-        seconds = record["commands"][command]["seconds"]
-        return [
-            f"{machine.replace('(R)', '').replace(' Processor', '')} ({cores})",
-            record["torch"],
-            f"{seconds:.0f}",
-        ]
+        run = results("outputs.json")[command]
+        machine, cores = run["machine"].replace("(R)", "").replace(" Processor", "").rsplit(", ", 1)
+        return [f"{machine} ({cores})", run["torch"], f"{run['seconds']:.0f}"]
 
     return found
 
@@ -178,7 +173,6 @@ KNOWN: dict[str, dict[str, str]] = {
     "CONTRIBUTING.md": {
         "Every step of step 05 takes 50 ms on a CPU": BY_HAND,
         "`make bench` (17 minutes)": "benchmarks/results/intel-xeon-2-cores.json",
-        "(20 minutes, as root)": BY_HAND,
         "are about 99 %": GOAL,
     },
     "01_single_gpu/README.md": {"(0.16 ms instead of 0.6 ms for `cnn`": BY_HAND},

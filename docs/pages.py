@@ -45,7 +45,7 @@ def diff_block(page: Path, request: str) -> str:
 
 def output_block(command: str, patterns: str) -> str:
     """What a command has printed, as far as a page shows it; all of it without patterns."""
-    lines = results("outputs.json")["commands"][command]["output"]
+    lines = results("outputs.json")[command]["output"]
     wanted = patterns.splitlines() or ["*"]
     shown: list[str] = []
     for line in lines:
@@ -87,7 +87,7 @@ def filled(page: Path) -> str:
         elif kind == "output":
             made = output_block(name, request)
         elif kind == "printed":
-            lines = results("outputs.json")["commands"][name]["output"]
+            lines = results("outputs.json")[name]["output"]
             made = "\n".join(line for line in lines if line.startswith("|"))
         else:
             made = TABLES[name](old.strip("\n") + "\n").rstrip("\n")

@@ -134,7 +134,7 @@ def shards_table(_: str) -> str:
     """What rank 0 holds after a step, the more ranks there are."""
     rows = []
     for ranks, command in SHARDS.items():
-        lines = iter(results("outputs.json")["commands"][command]["output"])
+        lines = iter(results("outputs.json")[command]["output"])
         names = re.split(r"  +", next(line for line in lines if line.startswith("after one step")))[1:]
         held, whole = (
             re.findall(r"[\d.]+ MB", next(line for line in lines if line.startswith(begin)))
