@@ -121,6 +121,7 @@ def test_it_trains_as_the_step_does(once, tmp_path, step):
         assert {os.path.abspath(folder / file) for file in loaded} - {forks.__file__} == exported - alone
 
 
+@pytest.mark.slow
 def test_its_own_test_passes(tmp_path):
     """Step 01's, in forks: `test_the_readme` runs those of all steps."""
     status, out = its_test(export("01", tmp_path / "my-project"))
