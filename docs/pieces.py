@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0*/train.py"))}
-DEFINITIONS = ("def ", "    def ", "@")  # such a line says itself where it is
+DEFINITIONS = ("def ", "@")  # such a line says itself where it is
 
 
 class NoSuchPieceError(Exception):
@@ -167,14 +167,20 @@ def block(before: str, after: str, request: str) -> list[Line]:
     asked = list(asked_for(request))
     several = len({function for function, _, _ in asked}) > 1
     shown: list[Line] = []
+    where = ""
     for function, begin, end in asked:
         part = piece(before, after, function, begin, end)
+        lines = [line for line in merged(before, after) if line.function == function]
+        mark = ""
         if shown and shown[-1].function == function:
-            lines = [line for line in merged(before, after) if line.function == function]
-            if function != "imports" and lines.index(part[0]) != lines.index(shown[-1]) + 1:
-                indent = re.match(r"\s*", part[0].text)
-                shown.append(Line(" ", f"{indent[0] if indent else ''}…", function, None, None))
+            between = lines[lines.index(shown[-1]) + 1 : lines.index(part[0])]
+            if function != "imports" and any(line.sign == " " for line in between):
+                mark = re.sub(r"\S.*", "…", part[0].text)
         elif several and function not in ("imports", "end") and not part[0].text.startswith(DEFINITIONS):
-            shown.append(Line(" ", f"# in {function.removeprefix('Trainer.')}", function, None, None))
+            method = part[0].text.startswith("    def ")
+            mark = "# in class Trainer" if method else f"# in {function.removeprefix('Trainer.')}"
+        if mark and mark != where:
+            shown.append(Line(" ", mark, function, None, None))
+        where = mark if mark.startswith("#") else where
         shown += part
     return shown

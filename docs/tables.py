@@ -191,7 +191,7 @@ def flags() -> dict[str, dict[str, tuple[str, str]]]:
                 words.append("\\|".join(map(str, action.choices)))
             elif action.nargs != 0:
                 words.append(action.metavar if isinstance(action.metavar, str) else action.dest.upper())
-            found[step][flag] = (f"`{' '.join(words)}`", (action.help or "").replace(FOLDERS[step], "<step>"))
+            found[step][flag] = (f"`{' '.join(words)}`", (action.help or "").replace(FOLDERS[step], "STEP"))
     return found
 
 

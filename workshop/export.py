@@ -244,13 +244,16 @@ def replacements(step: str) -> str:
     buckets = (
         " `arrange_buckets` also calls `loss` once in eval mode, on two samples: it must use the same"
         " parameters there."
+        if step in ("02", "03", "04")
+        else ""
     )
+    too = ", and out of `arrange_buckets` in [common/ranks.py](common/ranks.py)" if buckets else ""
     own = [
         f"the data: `load_mnist(` in `main`. train.py asks a data set for {asked}, as `class Digits` in"
         " [common/mnist.py](common/mnist.py) has them. A data set that hands out one sample at a time needs"
-        " the `collate_fn` taken out of `fast`, there.",
+        f" the `collate_fn` taken out of `fast`, there{too}.",
         f"the model: `build_model(` in `main`{', and its `units`' * (step == '05')}.",
-        f"`Trainer.loss` and `Trainer.score`.{buckets if step in ('02', '03', '04') else ''}",
+        f"`Trainer.loss` and `Trainer.score`.{buckets}",
         "in [test_train.py](test_train.py), the flags that name the data, and what evaluates beside the run.",
     ]
     return as_list(own)
