@@ -135,7 +135,7 @@ with ddp.join() if "join" in sys.argv else contextlib.nullcontext():
             break
         ddp(torch.ones(1)).sum().backward()
         steps += 1
-print("steps", steps)
+print(f"steps {steps}\\n", end="")  # in one piece: the ranks share a pipe
 dist.destroy_process_group()
 """
 
@@ -146,7 +146,7 @@ def test_ranks_with_unequally_many_batches(tmp_path, ranks):
     quoted("", "model.join()")
     quoted("", "ReduceOp.MIN")
     status, out, err = torchrun(tmp_path, ranks, UNEQUAL)
-    assert status == 1 and re.search("Connection closed by peer|Timed out", err)
+    assert status == 1 and re.search("Connection (closed|reset) by peer|Timed out", err)
     status, out, err = torchrun(tmp_path, ranks, UNEQUAL, "join")
     assert status == 0
     assert sorted(out.splitlines()) == [f"steps {2 + rank}" for rank in range(ranks)]

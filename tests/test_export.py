@@ -186,8 +186,8 @@ def test_the_readme(tmp_path, step):
     for line in [line for line in lines if not line.startswith(INSTALLS)]:
         command, _, _ = line.partition("  #")
         if "pytest" not in line:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             command += f"{'' if ' -- ' in line or 'launch' not in line else ' --'} {quicker}"
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         process = Started(["bash", "-c", command], folder, True, clean(PATH=path))
         status, out, err = finish(process, 300)
         print(f"$ {command}\n{out}\n{err}")

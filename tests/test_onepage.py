@@ -274,7 +274,7 @@ def test_a_swipe_goes_to_the_next_piece(visit):
         (150, 0, "03-run-it"),
     ):
         swipe(page, x, y)
-        page.wait_for_function("id => document.querySelector('article.on').id === id", arg=to)
+        page.wait_for_function("id => document.querySelector('article.on')?.id === id", arg=to)
         assert here(page) == to
 
 
@@ -456,7 +456,7 @@ def test_axe_finds_nothing(visit, size, theme, tried):
             press(page, to)
         elif here(page) != to:
             page.evaluate("to => location.hash = to", to)
-            page.wait_for_function("id => document.querySelector('article.on').id === id", arg=to)
+            page.wait_for_function("id => document.querySelector('article.on')?.id === id", arg=to)
         report = page.evaluate(
             """axe.run({exclude: [".page:not(.on)", "article:not(.on)"]}, {resultTypes: ["violations"]})
                 .then(({violations, passes}) => ({violations, passes: passes.length}))"""
