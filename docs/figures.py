@@ -180,7 +180,10 @@ KNOWN: dict[str, dict[str, str]] = {
         "10 minutes with NCCL": DEFAULT,
         "takes a rank about 5 µs": BY_HAND,
     },
-    "03_multigpu_torchrun/README.md": {"what is missing to 100 %": ARITHMETIC},
+    "03_multigpu_torchrun/README.md": {
+        "Their speed together is 100 %": ARITHMETIC,
+        "what is missing to 100 %": ARITHMETIC,
+    },
     "04_multinode/README.md": {
         "The gradients of `cnn` in float32 are 0.83 MB": ARITHMETIC,
         "need 0.66 s on the wire": ARITHMETIC,
@@ -190,6 +193,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "within about 0.2 s when steps are short": "tests/test_interruptions.py",
         "torchrun's 30 s": DEFAULT,
         "Tried with 512 kB": SETTING,
+        "60 seconds before": SETTING,
     },
     "05_fsdp/README.md": {
         "within 2 %": "tests/test_fsdp.py",
