@@ -9,8 +9,11 @@ import itertools
 import os
 import pty
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -595,14 +598,25 @@ def test_diff_steps_answers_a_wrong_question_with_one_line(tmp_path, words, says
 
 
 def at_a_terminal(answers):
-    """What diff_steps.py shows at a terminal to somebody who types these answers, and its status."""
+    """What diff_steps.py shows at a terminal to somebody who types these answers, and its status.
+
+    Who types Ctrl-C types it again while nothing happens: one that comes between `input`'s prompt and its
+    reading is noted, and not acted on before something else is typed.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # jobs in the background inherit another
         os.execv(DIFF[0], [*DIFF, "02", "03"])
-    shown = b""
+    shown, answer, end = b"", b"", time.monotonic() + 60
     try:
-        while True:
+        while time.monotonic() < end:
+            if not select.select([terminal], [], [], 0.5)[0]:
+                if answer == b"\x03":
+                    os.write(terminal, answer)
+                continue
             try:
                 part = os.read(terminal, 4096)
             except OSError:  # how Linux says that nobody holds the other end any more
@@ -613,7 +627,8 @@ def at_a_terminal(answers):
             if shown.endswith(b"the end "):
                 if not answers:  # it should have ended: hang up
                     break
-                os.write(terminal, answers.pop(0))
+                answer = answers.pop(0)
+                os.write(terminal, answer)
     finally:
         os.close(terminal)
         _, status = os.waitpid(pid, 0)
