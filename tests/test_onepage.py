@@ -606,9 +606,7 @@ def at_a_terminal(answers):
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # jobs in the background inherit another
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background inherit another
         os.execv(DIFF[0], [*DIFF, "02", "03"])
     shown, answer, end = b"", b"", time.monotonic() + 60
     try:
