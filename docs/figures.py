@@ -27,6 +27,11 @@ def took(command: str) -> Callable[[], list[str]]:
     return found
 
 
+def ran_on(command: str) -> Callable[[], list[str]]:
+    """The machine and torch's version of a command that `make record` has run."""
+    return lambda: took(command)()[:2]
+
+
 def mutants() -> list[str]:
     """How many places of the code `make mutants` spoils, and how many of them a test notices."""
     text = (ROOT / "docs" / "mutants.md").read_text()
@@ -152,6 +157,16 @@ FIGURES: list[Figures] = [
             "torchrun --standalone --nproc-per-node=2 05_fsdp/train.py --use-gpu 0 --num-samples 10240 "
             "--batch-size 32 --epochs 3"
         ),
+    ),
+    (
+        "04_multinode/README.md",
+        "measures this table, here on {} with torch {}. The",
+        ran_on("python benchmarks/slow_link.py"),
+    ),
+    (
+        "05_fsdp/README.md",
+        "without a GPU, on {} with torch {}. The table",
+        ran_on("python benchmarks/fsdp_flags.py"),
     ),
 ]
 

@@ -51,7 +51,7 @@ def output_block(command: str, patterns: str) -> str:
     for line in lines:
         if any(fnmatch.fnmatchcase(line, pattern) for pattern in wanted):
             shown.append(line)
-        elif shown and shown[-1] != "…":
+        elif line and shown and shown[-1] != "…":
             shown.append("…")
     for pattern in wanted:
         assert fnmatch.filter(lines, pattern), f"{command}: no line is like '{pattern}'"

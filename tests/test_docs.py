@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import FOLDERS, ROOT, environment, finish, paths, start
+from helpers import FOLDERS, ROOT, environment, finish, paths, quoted_pattern, start
 
 from docs import figures, pages, pieces, tables
 
@@ -84,6 +84,8 @@ def complaints(line, status, out, folder, resumed):
         wanted["a resume, or none"] = ("resumed from" in out) == resumed
     elif line.startswith("./launch_multinode.sh"):
         wanted["a command for each node"] = out.count("--node-rank=") == 2
+        [quoted] = [each for each in fences(ROOT / FOLDERS["04"] / "README.md", "text") if "# --- on" in each]
+        wanted["what the page quotes"] = quoted_pattern(quoted).search(out.replace(str(folder), "~/ddp"))
     else:
         assert "--no-python env" in line, f"what is {line} for?"
         wanted["both ranks' variables"] = {"RANK=0", "RANK=1", "LOCAL_RANK=1", "WORLD_SIZE=2"} <= {
