@@ -106,15 +106,28 @@ def test_a_patch_is_short_and_leaves_common_alone(step):
     assert max(len(line) for lines in changed(patch).values() for line in lines) <= 101  # "+", and a slide
 
 
+def lesson(step):
+    """The lines of its train.py that a patch changes, but for the docstring, in the words of step 01."""
+    lines = {line[1:].strip() for line in changed(PATCHES[step][0])[f"{FOLDERS[step]}/train.py"]}
+    lines = {line for line in lines if not line.startswith(('"""', "$ ", "--"))}
+    return {line.replace("self.ddp_model(", "self.model(").replace(", torchrun=True", "") for line in lines}
+
+
 def test_the_patches_change_the_same_lines():
-    """But for the docstring, for DDP's model, and for step 05's units: a reader has to learn one of them."""
-    one, *others = (
-        {line[1:] for line in changed(patch)[f"{FOLDERS[step]}/train.py"] if '"""' not in line}
-        for step, (patch, _, _) in PATCHES.items()
-    )
-    for other in others:
-        print(sorted(one ^ other))
-        assert len(one & other) >= 12
+    """But for step 05's units, and the flags' parser, which has a name there: a reader learns one of them."""
+    one, three, five = map(lesson, PATCHES)
+    print(sorted(one ^ five))
+    assert len(one) > 15 and three == one
+    assert one - five == {
+        "return make_parser(__file__, __doc__).parse_args()",
+        "parser = make_parser(__file__, __doc__)",
+        "return parser.parse_args()",
+    }
+    script = (ROOT / FOLDERS["05"] / "train.py").read_text()
+    units = re.search(r"^def units\(.*?(?=^\S)", script, re.M | re.S)
+    assert five - one == {"return list(model.blocks)"} | {
+        line.strip() for line in units[0].splitlines() if line.strip().startswith(("if ", "return "))
+    }
 
 
 @pytest.mark.parametrize(("step", "ranks"), GROWN)
@@ -153,8 +166,6 @@ def test_it_learns_more_than_which_character_is_most_common(proof):
     guessing = labels.unique(return_counts=True)[1].max().item() / labels.numel()
     print(f"accuracy after each epoch {accuracies}, of the most common character {guessing:.4f} (twice that)")
     assert 2 * guessing < accuracies[0] < accuracies[1]
-    # Who sees what is to be guessed has it all right; of the first number in a sum nobody can.
-    assert accuracies[1] < 0.9
 
 
 def test_no_guess_knows_what_follows():
