@@ -177,9 +177,16 @@ def interrupted(cluster, proof, interrupt, options="") -> None:
     job = cluster.submit("--save-every=1", options=options)
     disk = cluster.net.hosts[1].disk / "snapshots"
     cluster.wait_for(
-        lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000020", "step 20", 120
+        lambda: snapshots(disk) and snapshots(disk)[0].stem >= "snapshot-00000024", "step 24", 120
     )
     interrupt(job)
+    outs = [cluster.project / f"ddp-{job}-node{i}.out" for i in (1, 2)]
+    told = "Received 15 death signal"  # torchrun: SIGTERM, which bash may have made of another
+    cluster.wait_for(lambda: all(told in path.read_text() for path in outs), told, 240)
+    # Its ranks have not saved yet. A job that ended now would leave them behind, or take them along.
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        assert cluster.state(job) == "RUNNING", "the job did not wait for its ranks"
     go.touch()
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
     # Slurm would wait two minutes. Not now either: nodes revoke a job's credentials up to the current second.
@@ -198,10 +205,4 @@ def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, p
 @pytest.mark.long
 def test_a_job_with_signal_usr1_whose_time_is_nearly_up_does_the_same(cluster, proof):
     """Here Slurm sends the signal by itself: when a minute of four is left, or up to a minute earlier."""
-
-    def wait(job: str) -> None:
-        outs = [cluster.project / f"ddp-{job}-node{i}.out" for i in (1, 2)]
-        told = "Received 15 death signal"  # torchrun: SIGTERM, which bash has made of USR1
-        cluster.wait_for(lambda: all(told in path.read_text() for path in outs), told, 240)
-
-    interrupted(cluster, proof, wait, "--time=4 --signal=USR1@60")
+    interrupted(cluster, proof, lambda job: None, "--time=4 --signal=USR1@60")
