@@ -23,8 +23,7 @@ def checked(folder, number, text):
     """What check.py says of a file with this text: its status, and its lines."""
     file = folder / "answer.py"
     file.write_text(text)
-    # A run is given up after twice to three times what step 01 takes beside it, and the machine may be busy.
-    status, out, err = finish(start([*CHECK, number, str(file)], folder), 180)
+    status, out, err = finish(start([*CHECK, number, str(file)], folder), 60)
     print(out, err)
     return status, out
 

@@ -166,6 +166,8 @@ def test_it_learns_more_than_which_character_is_most_common(proof):
     guessing = labels.unique(return_counts=True)[1].max().item() / labels.numel()
     print(f"accuracy after each epoch {accuracies}, of the most common character {guessing:.4f} (twice that)")
     assert 2 * guessing < accuracies[0] < accuracies[1]
+    # Nobody can know the first number in a sum. So few steps do not show every leak; the next test does.
+    assert accuracies[1] < 0.9
 
 
 def test_no_guess_knows_what_follows():

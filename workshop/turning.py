@@ -61,7 +61,6 @@ class Extra:
     flags: list[str]
     check: Callable[[Run, list[Attempt]], list[str]]
     nodes: int = 1
-    patience: float = 1  # how much longer than other runs it may be silent
 
 
 class Attempts:
@@ -147,11 +146,8 @@ def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
         clock = time.monotonic()
         found = {"reference": attempts.wait(*begun[0], seconds=LIMIT)}
         silence = max(SECONDS, TIMES * (time.monotonic() - clock))
-        patience = {
-            name: extra.patience for extra, runs in zip(extras, of_extras, strict=True) for name, _ in runs
-        }
         for name, process in begun[1:]:
-            found[name] = attempts.wait(name, process, silence * patience.get(name, 1))
+            found[name] = attempts.wait(name, process, silence)
         if found["2 ranks"].status == 0:
             saved = attempts.folder / "2 ranks" / "snapshots"
             for path in [*snapshots(saved), *snapshots(saved, sharded=True)]:

@@ -34,6 +34,5 @@ def judge(file):
             page + "Evaluation",
             [f"--num-samples={6 * TESTED}", "--batch-size=3002", "--epochs=1", "--precision=float32"],
             whole_test,
-            patience=2,  # a step of 6,004 images, then the test: all without a word
         ),
     )
