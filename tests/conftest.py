@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("helpers", "soak")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
+# torch asks the name server about its own connections. An answer that is lost costs five seconds, otherwise.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 import forks  # noqa: E402
 import torch  # noqa: E402

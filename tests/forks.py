@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,8 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         sys.stderr.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
+    except BaseException as error:
+        sys.last_traceback = error.__traceback__  # as Python does: its frames live on, too
         sys.excepthook(*sys.exc_info())
     # As much of an interpreter's end as can be had in a fork.
     try:
@@ -184,8 +186,6 @@ def leave(status: int) -> NoReturn:
 
 
 def run(words: list[str]) -> None:
-    import runpy
-
     import torch
     import torch.distributed.run
 
@@ -200,7 +200,12 @@ def run(words: list[str]) -> None:
     else:
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        # What a script leaves lives on, as it does there, until the interpreter ends. A DDP that went before,
+        # and was the last to hold a group, would wait for gloo's thread, which may wait for the GIL.
+        script = types.ModuleType("__main__")
+        script.__file__ = words[0]
+        sys.modules["__main__"] = script
+        exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), script.__dict__)
 
 
 def serve(path: str) -> None:

@@ -122,7 +122,7 @@ import contextlib, sys, torch, torch.distributed as dist
 from datetime import timedelta
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+dist.init_process_group("gloo", timeout=timedelta(seconds=30))
 ddp = DDP(torch.nn.Linear(1, 1))
 batches = iter(range(2 + dist.get_rank()))
 steps = 0
