@@ -136,6 +136,21 @@ hostname nobody-knows-me
 echo 'hosts: files' >nsswitch.conf
 mount --bind nsswitch.conf /etc/nsswitch.conf
 """
+SILENT = """
+unset RES_OPTIONS  # which the tests shorten
+ip link set lo up
+ip link add nowhere type veth peer name wall
+ip address add 10.1.1.1/24 dev nowhere
+ip link set nowhere up
+ip link set wall up
+ip neighbour add 10.1.1.2 lladdr 02:00:00:00:00:02 dev nowhere
+echo 'hosts: files dns' >nsswitch.conf
+mount --bind nsswitch.conf /etc/nsswitch.conf
+echo 'nameserver 10.1.1.2' >resolv.conf
+mount --bind resolv.conf /etc/resolv.conf
+echo "127.0.0.1 localhost $(hostname)" >hosts
+mount --bind hosts /etc/hosts
+"""
 TAKEN = """
 ip link set lo up
 echo 50000 50001 >/proc/sys/net/ipv4/ip_local_port_range
@@ -250,6 +265,13 @@ REDS = {
         r"echo '127.0.0.1 localhost' \| tee -a /etc/hosts",
         setup=f"{NOBODY}\necho '127.0.0.1 nobody-knows-me' >hosts; mount --bind hosts /etc/hosts",
         namespaces="--net --uts --mount",
+    ),
+    "a name server that is silent": Red(
+        "host-name",
+        r"the name server is silent: \d+ s are lost each time that a rank asks it for a name",
+        r"echo '::ffff:127\.0\.0\.1 localhost' \| tee -a /etc/hosts",
+        setup=SILENT,
+        namespaces="--net --mount",
     ),
     "a loopback that is down": Red(
         "loopback",

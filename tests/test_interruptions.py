@@ -267,10 +267,18 @@ SILENT = {
     "exits with 0": "if self.rank == 1 and self.global_step == 5: os._exit(0)",
     "stops": "if self.rank == 1 and self.global_step == 5: os.kill(os.getpid(), signal.SIGSTOP)",
 }
+# A rank that stops takes the half minute that torchrun and mp.spawn give it: one step of each is quick.
+LATE = [("03", "stops"), ("04", "stops")]
 
 
-@pytest.mark.parametrize("what", SILENT)
-@pytest.mark.parametrize("step", GROWN)
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        pytest.param(step, what, marks=pytest.mark.slow if (step, what) in LATE else [])
+        for step in GROWN
+        for what in SILENT
+    ],
+)
 def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
     """At three ranks. With a time-out of 5 seconds, where the scripts have 2 minutes."""
     pairs = [after_a_step(SILENT[what])]

@@ -72,6 +72,7 @@ def everything():
     return [mutant for file in (*mutants.PYTHON, *mutants.SHELL) for mutant in mutants_of(file)]
 
 
+@pytest.mark.slow
 def test_the_report_knows_this_code():
     """But for what has changed since, a tenth at most; and it has a reason for whatever survives."""
     results = known()
@@ -81,6 +82,7 @@ def test_the_report_knows_this_code():
     assert len(unknown) <= len(tried) / 10
 
 
+@pytest.mark.slow
 def test_the_tests_that_the_report_names_are_there():
     """One that has another name now would end its mutant's trial, and be found only when it is drawn."""
     words = ["-o", "addopts=", "--all", "--collect-only", "--quiet", "tests"]

@@ -13,6 +13,7 @@ be collected or installed, 2 when the question was wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import errno
 import functools
@@ -372,6 +373,12 @@ def host_name() -> Finding:
             found = f"'{each}' leads nowhere ({getattr(error, 'strerror', None) or error})"
             hosts = f"echo '127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}"
             return red(found, hosts if each == "localhost" else choose_loopback())
+    begin = time.monotonic()
+    with contextlib.suppress(OSError):  # it need not have a name, and how long that takes is the question
+        within(30, socket.getnameinfo, ("::ffff:127.0.0.1", 0), 0)  # as torch's store asks for each rank's
+    if (took := time.monotonic() - begin) > 3:
+        found = f"the name server is silent: {took:.0f} s are lost each time that a rank asks it for a name"
+        return red(found, f"echo '::ffff:127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}")
     return green(f"not looked up: gloo uses {chosen}" if chosen else f"'{name}' has an address")
 
 

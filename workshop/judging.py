@@ -9,6 +9,7 @@ A rank is a fork of this process, which has imported torch (tests/forks.py): an 
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import re
@@ -199,6 +200,7 @@ def be_a_rank(exercise: Path, file: Path, folder: Path) -> None:
         path = folder / f"found-{rank}-{number:02}"
         torch.save((number, *found), f"{path}.new")
         os.replace(f"{path}.new", path)
+    gc.collect()  # a DDP that still held a group could make Python abort as it ends, or hang
     dist.destroy_process_group()
 
 
