@@ -1,11 +1,14 @@
 """The exercises' checker: solutions pass, starters say what to write, each mistake gets its own message."""
 
+import contextlib
 import re
 import sys
 import tomllib
+import zlib
 from collections import Counter
 
 import pytest
+from filelock import FileLock
 from helpers import ROOT, finish, load, start
 
 WORKSHOP = ROOT / "workshop"
@@ -23,7 +26,11 @@ def checked(folder, number, text):
     """What check.py says of a file with this text: its status, and its lines."""
     file = folder / "answer.py"
     file.write_text(text)
-    status, out, err = finish(start([*CHECK, number, str(file)], folder), 60)
+    with contextlib.ExitStack() as stack:
+        if "todo" in ABOUT(FOLDERS[number]):  # many ranks: two files at a time, or they seem to hang
+            lock = folder.parents[1] / f"judging-{zlib.crc32(folder.name.encode()) % 2}.lock"
+            stack.enter_context(FileLock(lock, timeout=600))
+        status, out, err = finish(start([*CHECK, number, str(file)], folder), 60)
     print(out, err)
     return status, out
 
