@@ -141,26 +141,22 @@ def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
         if step == "02":  # mp.spawn imports the script in each rank
             words = [sys.executable, str(attempts.folder / "imports.py"), str(attempts.script)]
             begun.append(attempts.start("imported", words))
+        of_extras = [attempts.start_extra(extra) for extra in extras]
+        begun += [run for runs in of_extras for run in runs]
         clock = time.monotonic()
         found = {"reference": attempts.wait(*begun[0], seconds=LIMIT)}
         silence = max(SECONDS, TIMES * (time.monotonic() - clock))
         for name, process in begun[1:]:
             found[name] = attempts.wait(name, process, silence)
-        of_extras = []
-        if found["2 ranks"].status == found["3 ranks"].status == 0:  # or the first promise is broken
+        if found["2 ranks"].status == 0:
             saved = attempts.folder / "2 ranks" / "snapshots"
             for path in [*snapshots(saved), *snapshots(saved, sharded=True)]:
                 if step_of(path) > SAVED:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
-            # Not beside the runs before, which would be silent for longer.
-            of_extras = [(extra, attempts.start_extra(extra)) for extra in extras]
             found["2 ranks, resumed"] = attempts.wait(*again, seconds=silence)
-        of_nodes = [
-            (extra, [attempts.wait(name, process, silence) for name, process in runs])
-            for extra, runs in of_extras
-        ]
-        return compared(step, todo, found, of_nodes)
+        of_nodes = [[found[name] for name, _ in runs] for runs in of_extras]
+        return compared(step, todo, found, list(zip(extras, of_nodes, strict=True)))
 
 
 def compared(
