@@ -107,6 +107,7 @@ class Red:
     namespaces: str = ""  # for what only root can break
     mends: bool = True  # the command is tried
     fork: bool = False  # for what is only a variable, and needs torch
+    colour: str = "red"
 
 
 VERSION = "__version__ = '2.14.1'\nclass version:\n    cuda = '13.0'\n"
@@ -268,10 +269,11 @@ REDS = {
     ),
     "a name server that is silent": Red(
         "host-name",
-        r"the name server is silent: \d+ s are lost each time that a rank asks it for a name",
+        r"the name server is slow: \d+ s are lost each time that a rank asks it for a name",
         r"echo '::ffff:127\.0\.0\.1 localhost' \| tee -a /etc/hosts",
         setup=SILENT,
         namespaces="--net --mount",
+        colour="yellow",
     ),
     "a loopback that is down": Red(
         "loopback",
@@ -383,11 +385,11 @@ def test_what_is_wrong_is_red_and_the_command_mends_it(tmp_path, name):
         return heard(shell(script, tmp_path / folder, case.namespaces, case.fork, **extra))[1][case.check]
 
     found = look("before", "")
-    assert found["status"] == "red"
+    assert found["status"] == case.colour
     assert re.fullmatch(case.says, found["found"])
     assert re.fullmatch(case.mend, found["mend"])
     if case.mends:
-        assert look("after", f"{found['mend']} >mended")["status"] != "red"
+        assert look("after", f"{found['mend']} >mended")["status"] not in ("red", case.colour)
 
 
 def test_every_check_has_been_seen_red():

@@ -377,8 +377,8 @@ def host_name() -> Finding:
     with contextlib.suppress(OSError):  # it need not have a name, and how long that takes is the question
         within(30, socket.getnameinfo, ("::ffff:127.0.0.1", 0), 0)  # as torch's store asks for each rank's
     if (took := time.monotonic() - begin) > 3:
-        found = f"the name server is silent: {took:.0f} s are lost each time that a rank asks it for a name"
-        return red(found, f"echo '::ffff:127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}")
+        found = f"the name server is slow: {took:.0f} s are lost each time that a rank asks it for a name"
+        return yellow(found, f"echo '::ffff:127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}")
     return green(f"not looked up: gloo uses {chosen}" if chosen else f"'{name}' has an address")
 
 
