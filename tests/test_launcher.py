@@ -245,10 +245,14 @@ def marked(folder: Path) -> list[str]:
 
 
 def test_local_nodes_train(proof, tmp_path):
-    """Two nodes are two torchruns that meet on a port; they do what step 03 does, to the last bit."""
-    own = training(tmp_path)[2:]
-    status, out, err = run("--local=2", "--nproc-per-node=1", "--", *PROOF, "--batch-size=6", *own)
+    """Two nodes are two torchruns that meet on a free port; they do what step 03 does, to the last bit."""
+    own, taken = training(tmp_path)[3:], contextlib.ExitStack()
+    with contextlib.suppress(OSError):  # the port of other modes is taken: by this, or by somebody else
+        taken.enter_context(socket.create_server(("127.0.0.1", 29500)))
+    with taken:
+        status, out, err = run("--local=2", "--nproc-per-node=1", "--", *PROOF, "--batch-size=6", *own)
     assert status == 0 and err == ""
+    assert read_run("", tmp_path).events[0]["use_gpu"] == 0
     assert "[node 0] done: " in out and all(line.startswith("[node ") for line in out.splitlines())
     difference = largest_difference(newest(tmp_path / "snapshots")["model"], proof("03", 2).weights)
     losses = read_run("", tmp_path).losses
