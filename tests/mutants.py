@@ -2,6 +2,7 @@
 
     make mutants                       what the report does not know yet; ARGS=--survivors: those, too
     make mutants ARGS="--only 02"      of one step's folder, of `common`, or of one file
+    make mutants ARGS=--check          does each test still catch what it is known to catch? if not, forget it
 
 A mutant is a copy of the repository in which one place is wrong:
 
@@ -283,6 +284,16 @@ class Lane:
             place.write_bytes(right)
             self.sweep()
 
+    def catches(self, mutant: Mutant, test: str) -> dict[str, Any]:
+        """What judge.py says of the test that is known to catch a mutant; asked up to three times.
+
+        A collective that is gone may let a race be won now and then.
+        """
+        for _ in range(3):
+            if (found := self.run([test], 600, mutant))["killer"]:
+                break
+        return found
+
     def sweep(self) -> None:
         """End what a test in a mutant has left: whatever stands in this lane's folder."""
         for path in Path("/proc").glob("[0-9]*"):
@@ -491,6 +502,22 @@ def main(args: argparse.Namespace) -> None:
         stack.enter_context(forks.server(base / "forks"))
         lanes = [Lane(base, number, args.data_dir) for number in range(args.lanes)]
         bar = stack.enter_context(tqdm(unit=" mutants", smoothing=0.05))
+        if args.check:
+            work = [mutant for mutant in asked if results.get(mutant.key)]
+            random.Random(0).shuffle(work)
+            bar.reset(len(work))
+
+            def check(lane: Lane, mutant: Mutant) -> None:
+                if lane.catches(mutant, by := results[mutant.key])["killer"]:
+                    return
+                with lock:
+                    bar.write(f"{mutant}\n    not caught by {by}")
+                    del results[mutant.key]
+                    write_known({m.key: results[m.key] for m in everything if m.key in results})
+
+            in_lanes(lanes, check, work, bar)
+            REPORT.write_text(report(everything, results))
+            return
         tests = Tests(measure(lanes, bar, args.quick))
         if PASSED.exists() and not args.again:
             tests.passed = json.loads(PASSED.read_text())
@@ -574,6 +601,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", metavar="FILE", help="how the files' names begin: 02, common")
     parser.add_argument("--survivors", action="store_true", help="also those that no test has caught")
+    parser.add_argument("--check", action="store_true", help="whether what is known to be caught still is")
     parser.add_argument("--again", action="store_true", help="also those that a test has caught")
     parser.add_argument("--quick", action="store_true", help="leave out the tests that make test leaves out")
     parser.add_argument(
