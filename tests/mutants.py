@@ -508,8 +508,12 @@ def main(args: argparse.Namespace) -> None:
             bar.reset(len(work))
 
             def check(lane: Lane, mutant: Mutant) -> None:
-                if lane.catches(mutant, by := results[mutant.key])["killer"]:
-                    return
+                by = results[mutant.key]
+                try:
+                    if lane.catches(mutant, by)["killer"]:
+                        return
+                except RuntimeError as error:  # such as a test that is not there any more
+                    bar.write(str(error))
                 with lock:
                     bar.write(f"{mutant}\n    not caught by {by}")
                     del results[mutant.key]

@@ -1,8 +1,10 @@
 """What mutants.py says of the tests is true today: it knows the code, and names tests that do catch."""
 
+import json
 import os
 import random
 import re
+import subprocess
 import sys
 import threading
 
@@ -98,6 +100,29 @@ def test_the_readme_gives_the_reports_figures():
         0
     ].split(" | ")
     assert f"of {int(count):,} such places, the tests notice {score}." in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_its_test_does_not_catch_is_forgotten(tmp_path):
+    """Of three mutants: one that is caught, one whose test does not see it, one whose test is gone."""
+    root = Lane(tmp_path, 0, "").folder / ROOT.name
+    for words in (["init", "-q"], ["add", "-A"]):  # a lane copies what git knows
+        subprocess.run(["git", *words], cwd=root, check=True)
+    caught = [key for key, by in known().items() if key[0] == "common/synthetic.py" and by]
+    tests = [
+        known()[caught[0]],
+        "tests/test_mutants.py::test_each_kind_of_place_is_found",
+        "tests/gone.py::a",
+    ]
+    record = root / mutants.KNOWN.relative_to(ROOT)
+    lines = [json.dumps([*key, by]) for key, by in zip(caught, tests, strict=False)]
+    record.write_text("\n".join(lines))
+    words = [sys.executable, "tests/mutants.py", "--check", "--only=common/synthetic.py", "--lanes=1"]
+    status, out, err = finish(start(words, root))
+    print(out, err)
+    assert status == 0 and f"not caught by {tests[1]}" in out and f"not caught by {tests[2]}" in out
+    left = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [by for *_, by in left if by] == tests[:1]
 
 
 @pytest.mark.slow
