@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where `common` is
+
 from common.options import OneLineParser, count_gpus, fail, whole_number
 
 ROOT = Path(__file__).resolve().parent

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # and this folder, where `parent` is
 
 from common import snapshot
 from common.mnist import fast, load_mnist

@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # and this folder, where `sharded` is
 
 import sharded
 from common import snapshot
@@ -41,7 +42,7 @@ def gather(state):
     with sharded.reader(state) as reader:
         dcp.load(tensors, storage_reader=reader)
     numbers = {name: number for number, name in enumerate(parameter_names(state))}
-    own = ("checksum", "checksums", "metadata", "param_groups", "path")
+    own = ("checksum", "checksums", "layout", "metadata", "param_groups", "path", "writer")
     plain = {key: value for key, value in state.items() if key not in own}
     plain["model"], slots = {}, {number: {} for number in numbers.values()}
     for key, tensor in tensors.items():
@@ -63,9 +64,9 @@ def scatter(folder, state):
     unfinished = sharded.unfinished(folder, state["global_step"])
     if unfinished.exists():
         shutil.rmtree(unfinished)
-    dcp.save(shards, checkpoint_id=unfinished)
-    rest = {key: value for key, value in state.items() if key not in (*shards, "checksum")}
-    sharded.finish(folder, {**rest, "param_groups": state["optimizer"]["param_groups"]})
+    metadata = dcp.save(shards, checkpoint_id=unfinished)
+    rest = {key: value for key, value in state.items() if key not in (*shards, "checksum", "writer")}
+    sharded.finish(folder, metadata, {**rest, "param_groups": state["optimizer"]["param_groups"]})
 
 
 def main(args):
@@ -90,7 +91,8 @@ def main(args):
         fail(f"cannot write {other}: {sharded.reason_of(error)}; make room")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{path} does not fit the model that it names ({reason}): is the code another?")
+        versions = snapshot.written_by(state)
+        fail(f"{path} does not fit the model that it names ({reason}; {versions}): is the code another?")
     print(f"wrote {other}")
 
 

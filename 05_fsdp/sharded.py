@@ -2,56 +2,43 @@
 
 `snapshot-<global step, 8 digits>` holds the shards, as torch.distributed.checkpoint writes them, and in
 `state.pt` the rest of what common/snapshot.py's files hold. Until it is whole it has another name.
+
+torch also writes `.metadata`, which says where each part of each tensor is. It is a pickle of torch's own
+classes: what a pickle holds depends on the versions of Python and torch, and loading one can run any code.
+So this file is never loaded here. `state.pt` has the same as numbers and strings, its `layout`.
 """
 
 import contextlib
-import io
+import math
 import os
-import pickle
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from common import snapshot
 from common.options import fail
 
-STATE = "state.pt"  # all that is not a shard, and the shards' checksums
-METADATA = ".metadata"  # which shard holds which part of which tensor, a pickle
+STATE = "state.pt"  # all that is not a shard, the layout of the shards, and their checksums
 
-# All that stands in METADATA. A pickle can name any function there is, to be called when it is loaded.
-HARMLESS = {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)} | {
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",  # Python 3.13's name for it
-    "torch.Size",
-    "torch.serialization._get_layout",
-    "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
-    "torch.distributed.checkpoint.metadata.Metadata",
-    "torch.distributed.checkpoint.metadata.MetadataIndex",
-    "torch.distributed.checkpoint.metadata.StorageMeta",
-    "torch.distributed.checkpoint.metadata.TensorProperties",
-    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
-}
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 # What resuming relies on. Whoever makes a file can put anything there.
 KINDS = dict.fromkeys(("seed", "epoch", "samples_seen", "global_step"), int)
-KINDS |= {"run": str, "precision": str, "flags": dict, "checksums": dict, "rng": list, "param_groups": list}
-
-
-class HarmlessUnpickler(pickle.Unpickler):
-    """Refuses, with an UnpicklingError, a pickle that names anything but the HARMLESS."""
-
-    def find_class(self, module, name):
-        if f"{module}.{name}" not in HARMLESS:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in {METADATA}")
-        return super().find_class(module, name)
+KINDS |= {"run": str, "precision": str, "flags": dict, "checksums": dict, "layout": dict}
+KINDS |= {"rng": list, "param_groups": list}
 
 
 def checksum(path):
@@ -82,8 +69,6 @@ def read(path):
     if not all(isinstance(each, dict) for each in state["rng"] + state["param_groups"]):
         return {}, f"{STATE}: in rng and param_groups stands what is no dict"
     checksums = state["checksums"]
-    if METADATA not in checksums:
-        return {}, f"{STATE} is of no sharded snapshot"
     there = {file.name for file in path.iterdir() if file.is_file()}
     for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
         return {}, f"{name} does not belong here"
@@ -95,31 +80,68 @@ def read(path):
                 return {}, f"wrong checksum in {name}"
         except OSError as error:
             return {}, f"cannot read {name}: {error.strerror}"
-    metadata, problem = read_metadata(path, checksums)
-    return ({}, problem) if problem else ({**state, "path": path, "metadata": metadata}, "")
-
-
-def read_metadata(path, files):
-    """What METADATA in the folder `path` holds, and what is wrong with it; `files` are the folder's."""
     try:
-        metadata = HarmlessUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
-        room = sum((path / name).stat().st_size for name in files)
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                return None, f"{METADATA}: {name} is no tensor"
-            room -= entry.size.numel() * entry.properties.dtype.itemsize
-        if room < 0:
-            return None, f"{METADATA}: its tensors are larger than the files"
-        for place in metadata.storage_data.values():
-            if place.relative_path not in files:
-                return None, f"{METADATA}: {place.relative_path} is none of the files"
-    except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
-        return None, f"{METADATA}: {error}".splitlines()[0]
-    return metadata, ""
+        metadata = metadata_of(state["layout"], {name: (path / name).stat().st_size for name in checksums})
+    except Exception as error:  # whoever made this file can put anything there
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return {}, f"{STATE}: its layout is none ({reason}); {snapshot.written_by(state)}"
+    return {**state, "path": path, "metadata": metadata}, ""
+
+
+def layout_of(metadata):
+    """Where each part of each tensor is, in numbers and strings, from what `dcp.save` returns.
+
+    Raises TypeError if anything else than tensors was saved.
+    """
+    layout = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise TypeError(f"only tensors can be in shards, and {name} is none")
+        parts = []
+        for chunk in tensor.chunks:
+            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
+            part |= {"file": place.relative_path, "start": place.offset, "bytes": place.length}
+            parts.append(part)
+        dtype = str(tensor.properties.dtype)
+        layout[name] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
+    return layout
+
+
+def metadata_of(layout, files):
+    """What `dcp.load` goes by, from the `layout` of a snapshot whose `files` have so many bytes.
+
+    Raises ValueError, or nearly anything else, if it is no layout of these files.
+    """
+    tensors, places = {}, {}
+    room = sum(files.values())
+    for name, entry in layout.items():
+        dtype = DTYPES[entry["dtype"]]
+        size = torch.Size(entry["size"])
+        if not isinstance(name, str) or min(size, default=0) < 0:
+            raise ValueError(f"{name} is no tensor")
+        room -= math.prod(size) * dtype.itemsize
+        chunks = []
+        for number, part in enumerate(entry["parts"]):
+            if part["file"] not in files:
+                raise ValueError(f"{part['file']} is none of the files")
+            if not 0 <= part["start"] <= part["start"] + part["bytes"] <= files[part["file"]]:
+                raise ValueError(f"{name} is not all in {part['file']}")
+            chunks.append(ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"])))
+            places[MetadataIndex(name, part["offsets"], number)] = SimpleNamespace(
+                relative_path=part["file"],
+                offset=part["start"],
+                length=part["bytes"],
+                transform_descriptors=None,
+            )
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
+    if room < 0:
+        raise ValueError("its tensors are larger than the files")
+    return Metadata(tensors, storage_data=places)
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads shards by the metadata that `read` has checked. Torch's own would unpickle the file anew."""
+    """Reads shards by the layout that `read` has checked. Torch's own would unpickle `.metadata`."""
 
     def __init__(self, state):
         super().__init__(state["path"])
@@ -135,7 +157,8 @@ def reader(state):
     try:
         yield Reader(state)
     except dcp.CheckpointException as error:  # the same on all ranks
-        fail(f"{state['path']} cannot be loaded: {reason_of(error)}; delete it to go on from the one before")
+        reason = f"{reason_of(error)}, {snapshot.written_by(state)}"
+        fail(f"{state['path']} cannot be loaded: {reason}; delete it to go on from the one before")
 
 
 def reason_of(error):
@@ -158,27 +181,27 @@ def unfinished(folder, global_step):
     return folder / f".snapshot-{global_step:08d}.tmp"
 
 
-def finish(folder, state):
+def finish(folder, metadata, state):
     """Make a snapshot of the shards that are all in `unfinished(folder, …)`.
 
     Args:
         folder: the snapshots' folder.
+        metadata: what dcp.save returned, or dcp.async_save's future.
         state: what snapshot.complete returned when the shards were copied.
 
-    Returns the snapshot's path. Raises OSError, and TypeError if it could not be read again; the snapshots
-    before it are untouched then.
+    Returns the snapshot's path. Raises OSError, and TypeError if anything else than tensors was saved; the
+    snapshots before it are untouched then.
     """
+    layout = layout_of(metadata)
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"
     # Without what a kill in `write` has left here, which is about to be replaced.
     files = [file for file in sorted(shards.iterdir()) if STATE not in file.name]
     checksums = {file.name: checksum(file) for file in files}
-    if problem := read_metadata(shards, checksums)[1]:
-        raise TypeError(f"only tensors can be in shards; {problem}")
     if path.exists() and not read(path)[1]:
         shutil.rmtree(shards)  # a run that was stopped in an epoch's last step has saved that already
         return path
-    snapshot.write(shards / STATE, {**state, "checksums": checksums})
+    snapshot.write(shards / STATE, {**state, "layout": layout, "checksums": checksums})
     if path.exists():  # damaged: a folder cannot be replaced in one go
         os.rename(path, shards.with_suffix(".old.tmp"))
     os.rename(shards, path)
@@ -221,9 +244,9 @@ class Saver:
     def finish_now(self, writing, state):
         problem = [None]
         try:
-            writing.result()
+            metadata = writing.result()
             if dist.get_rank() == 0:
-                path = finish(self.folder, state)
+                path = finish(self.folder, metadata, state)
                 sweep(self.folder)
                 if self.args.verbose:
                     print(f"[rank 0] saved {path}")

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # and this folder, where `sharded` is
 
 import sharded
 import switches

@@ -1,13 +1,15 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
-A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, and after its
-last byte the CRC-32 of all before. Step 05's is a folder, see 05_fsdp/sharded.py.
+A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, then the
+versions of Python and torch that wrote it, then the CRC-32 of all before. Step 05's is a folder, see
+05_fsdp/sharded.py.
 """
 
 import argparse
 import contextlib
 import io
 import os
+import platform
 import re
 import tempfile
 import zlib
@@ -20,7 +22,8 @@ import torch.distributed as dist
 from common.options import fail, warn
 from common.reporting import Reporter
 
-FORMAT = 2
+FORMAT = 3
+WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode().ljust(64)
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
@@ -51,8 +54,9 @@ def write(path: Path, state: dict[str, Any]) -> None:
     content.seek(0)
     if refused := torch.serialization.get_unsafe_globals_in_checkpoint(content):
         raise TypeError(f"{max(refused)} cannot be in a snapshot, only tensors, numbers and strings")
-    # Of the whole file: zip's own leave out the names and places of what is in it.
     content.seek(0, io.SEEK_END)
+    content.write(WRITER)
+    # Of the whole file: zip's own leave out the names and places of what is in it.
     content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))
     temporary = path.parent / f".{path.name}.tmp"
     try:
@@ -100,13 +104,21 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
     if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
         return {}, f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot"
+    end = {"checksum": content[-4:], "writer": content[-4 - len(WRITER) : -4]}
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
-        return {}, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return {}, f"{reason}; {written_by(end)}"
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         return {}, "not a snapshot of this project"
-    return {**state, "checksum": content[-4:]}, ""
+    return {**state, **end}, ""
+
+
+def written_by(state: dict[str, Any]) -> str:
+    """Which Python and torch wrote the snapshot `state`, for a message: another one may not read it."""
+    found = re.match(rb"Python [\w.+]+, torch [\w.+]+", state["writer"])  # or whatever is in a hostile file
+    return f"written by {found[0].decode() if found else 'unknown versions of Python and torch'}"
 
 
 def check_folder(folder: Path) -> None:
@@ -146,7 +158,8 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     for name, ours in complete(args, {}).items():
         if state and name != "flags" and state.get(name) != ours:
             both = f"was made with {name} {state.get(name)}, this run has {name} {ours}"
-            fail(f"{path} {both}: use the same, or another --snapshot-dir")
+            by = f" ({written_by(state)})" if name == "format" else ""
+            fail(f"{path} {both}{by}: use the same, or another --snapshot-dir")
     if alike and dist.is_initialized():
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (args.run, state["global_step"] if state else None))

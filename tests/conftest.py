@@ -1,6 +1,7 @@
 """pytest's options, and the fixtures that several files use."""
 
 import os
+import random
 import shutil
 import signal
 import sys
@@ -28,7 +29,10 @@ MARKS = {
     "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
     "long": "takes minutes more: make test-all ARGS=--long",
     "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
+    "other": "needs a second Python with torch: --other-python=<its path>",
+    "sample": "sample(n): of its cases n are drawn each time; all: make test-all ARGS=--long",
 }
+SEED = "SEED"  # the environment variable that decides what is drawn at random, for whoever repeats a run
 ENDED = pytest.StashKey[str]()  # of a test: how, and after how many seconds
 # What is started from here begins with Ctrl-C as it is by default, however `make test` was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,15 +42,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
     parser.addoption("--all", action="store_true", help="also the tests that are marked slow, root or gpu")
     parser.addoption("--long", action="store_true", help="with --all: also those that are marked long")
+    parser.addoption("--other-python", help="another Python with torch, which is to resume this one's runs")
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
 
 
 def pytest_report_header() -> str:
     """What the word of these tests is worth."""
-    return "GPUs: " + str(torch.cuda.device_count() or "none; tests/test_gpu.py pretends, on CPUs")
+    gpus = "GPUs: " + str(torch.cuda.device_count() or "none; tests/test_gpu.py pretends, on CPUs")
+    return f"{gpus}; SEED={os.environ[SEED]} draws the same samples"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault(SEED, str(random.randrange(10**6)))  # the same for all workers
     for name, why in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {why}")
     if not config.option.collectonly and forks.SOCKET not in os.environ:  # one server for all workers
@@ -57,14 +64,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --all, leave out what is marked, unless the command line names it; with it, what is long."""
-    named = any("::" in argument for argument in config.args)
-    if named or config.getoption("--long"):
+    """Leave out what is marked and not asked for, and of what is sampled all but a few.
+
+    A test that the command line names is never left out.
+    """
+    if any("::" in argument for argument in config.args):
         return
-    marks = ["long"] if config.getoption("--all") else MARKS
+    marks = {*MARKS} - {"sample"}
+    if config.getoption("--all"):
+        marks = {"long", "other"}
+    if config.getoption("--long"):
+        marks = {"other"}
+    if config.getoption("--other-python"):
+        marks.discard("other")
     rest = [item for item in items if any(map(item.get_closest_marker, marks))]
+    if not config.getoption("--long"):
+        rest += not_in_the_sample([item for item in items if item not in rest])
     config.hook.pytest_deselected(items=rest)
     items[:] = [item for item in items if item not in rest]
+
+
+def not_in_the_sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test that is marked `sample(n)`: all its cases but n, which SEED draws."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    rest = []
+    for name, group in cases.items():
+        mark = group[0].get_closest_marker("sample")
+        assert mark is not None
+        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(group, min(mark.args[0], len(group)))
+        rest += [item for item in group if item not in drawn]
+    return rest
 
 
 @pytest.hookimpl(wrapper=True)

@@ -45,14 +45,14 @@ def ranks_of(step: str) -> int:
     return 1 if step == "01" else 2
 
 
-def command(step: str, ranks: int, root: Path = ROOT) -> list[str]:
+def command(step: str, ranks: int, root: Path = ROOT, python: str = sys.executable) -> list[str]:
     """The command that starts a step, without its flags."""
     script = str(root / FOLDERS[step] / "train.py")
     if step == "01":
-        return [sys.executable, script]
+        return [python, script]
     if step == "02":
-        return [sys.executable, script, f"--world-size={ranks}"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [python, script, f"--world-size={ranks}"]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [*torchrun, script]
 
 
@@ -338,7 +338,7 @@ def newest(folder: Path) -> dict[str, Any]:
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
     if path.is_file():
         state, _ = snapshot.read(path)
-        return {name: value for name, value in state.items() if name != "checksum"}  # which is the file's
+        return {name: value for name, value in state.items() if name not in ("checksum", "writer")}
     return dict(load(ROOT / FOLDERS[SHARDED] / "convert.py").gather(sharded.read(path)[0]))
 
 
@@ -381,11 +381,16 @@ def train(
     root: Path = ROOT,
     real: bool = False,
     timeout: float = 120,
+    python: str = sys.executable,
+    **extra: str,
 ) -> Run:
-    """Run a step to its end in `folder`, within `timeout` seconds; `folder/snapshots` has its snapshots."""
+    """Run a step to its end in `folder`, within `timeout` seconds; `folder/snapshots` has its snapshots.
+
+    With another `python` than this one it is really started; `extra` are variables for it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl", "--use-gpu=0"]
-    process = start([*command(step, ranks, root), *own, *flags], folder, real)
+    process = start([*command(step, ranks, root, python), *own, *flags], folder, real, **extra)
     status, out, err = finish(process, timeout)
     assert status == 0, f"ended with status {status}, not 0\n{process.story}"
     return read_run(f"step {step} at {ranks} ranks", folder, out, err)

@@ -382,7 +382,7 @@ def measure(lanes: list[Lane], bar: Any, quick: bool) -> dict[str, Any]:
     lines = TRACED / "lines.json"
     found = json.loads(lines.read_text()) if lines.exists() else {"seconds": {}, "seen": {}, "failed": []}
     words = [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "--ignore=tests/test_mutants.py"]
-    words += [] if quick else ["--all"]
+    words += [] if quick else ["--all", "--long", "-m", "not long and not other"]
     listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     names = [line for line in listed.splitlines() if line.startswith("tests/")]
     names = [name for name in names if name not in found["seconds"] and name not in found["failed"]]

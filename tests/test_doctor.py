@@ -79,12 +79,12 @@ def test_a_machine_that_can_run_the_tests_is_ready(tmp_path, digits):
 
 def test_it_says_the_same_in_lines(digits):
     """Without colours, because this is no terminal."""
-    words = [sys.executable, "-m", "workshop.doctor", "--only=python", "--only=mnist", "--only=open-files"]
+    words = [sys.executable, "workshop/doctor.py", "--only=python", "--only=mnist", "--only=open-files"]
     status, out, err = finish(start([*words, f"--data-dir={digits}"], ROOT, real=True))
     print(out, err)
     assert (status, err) == (0, "")
     assert re.fullmatch(
-        r"green   python         Python 3\.\d+\.\S+\n"
+        r"green   python         Python 3\.\d+\.\S+ \(the scripts were tried with [\d., and]+\)\n"
         rf"green   mnist          in {digits}\n"
         r"(green   open-files     .*\n|yellow  open-files     .*\n        mend it with:  ulimit .*\n)"
         r"\n[23] green, [01] yellow, 0 red\. This machine is ready\.\n",
@@ -408,13 +408,21 @@ def test_a_red_line_stands_above_its_command(tmp_path):
     )
 
 
-def test_without_torch_the_doctor_says_so(tmp_path, digits):
-    """In an environment with nothing in it, not even pip."""
+@pytest.mark.parametrize("with_uv", [False, True])
+def test_without_torch_the_doctor_says_so(tmp_path, digits, with_uv):
+    """In an environment with nothing in it, not even pip: uv makes such ones."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
-    ask = f"PYTHONPATH= exec .venv/bin/python {DOCTOR} --json --data-dir {digits}"
+    python, requirements = f"{tmp_path}/.venv/bin/python", f"-r {ROOT}/requirements.txt"
+    mend = f"{python} -m ensurepip && {python} -m pip install {requirements}"
+    path = os.environ["PATH"]
+    if with_uv:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "uv").symlink_to("/bin/true")
+        path = f"{tmp_path / 'bin'}:{path}"
+        mend = f"uv pip install --python {python} {requirements}"
+    ask = f"PYTHONPATH= PATH={path} exec .venv/bin/python {DOCTOR} --json --data-dir {digits}"
     status, found = heard(shell(ask, tmp_path))
     assert status == 1
-    mend = f"{tmp_path}/.venv/bin/python -m pip install -r {ROOT}/requirements.txt"
     of_torch = {name: each for name, each in found.items() if each["mend"] == mend}
     assert list(of_torch) == ["torch", "torchvision", "backends", "ranks"]
     assert of_torch["torch"]["found"] == "ModuleNotFoundError: No module named 'torch'"
@@ -699,7 +707,7 @@ def test_a_laptop_is_set_up_from_a_copy(tmp_path, teacher, digits, indexes):
     status, out, err = finish(start(words, tmp_path, real=True, PIP_INDEX_URL="http://127.0.0.1:1"))
     print(out, err)
     assert status == 0
-    assert out.endswith(f"    cd '{laptop}' && .venv/bin/python -m workshop.doctor\n")
+    assert out.endswith(f"    cd '{laptop}' && .venv/bin/python workshop/doctor.py\n")
     said = "import tiny, for_all, torch; print(tiny.version, torch.version)"
     python = [str(laptop / ".venv" / "bin" / "python"), "-c", said]
     assert subprocess.run(python, capture_output=True, text=True, check=True).stdout == "1.0 9.0\n"

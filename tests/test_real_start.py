@@ -68,8 +68,10 @@ def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
     ranks = ranks_of(step)
     planted(tmp_path, step, *(THREADS_AT_THE_END if step != "01" else []))
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}"]
+    # Python then finds no module beside a script by itself, and runs no assert.
+    strict = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": "2"}
     run, fork = (
-        train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True),
+        train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True, **strict),
         once(step, ranks, *flags),
     )
     difference = largest_difference(run.weights, fork.weights)
@@ -144,6 +146,20 @@ def test_help_and_bad_flags_are_answered(tmp_path, script, flag, status):
     print(f"{script.parent.name} {flag}: status {status_now}\n{out}\n{err}")
     assert status_now == status
     assert ("usage: " in out) if flag == "--help" else len(errors(err)) == len(err.splitlines()) == 1
+
+
+PROGRAMS = ["compare_steps.py", "05_fsdp/convert.py", "workshop/doctor.py", "workshop/check.py"]
+PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.py", "workshop/refute.py"]
+PROGRAMS += ["benchmarks/bench.py", "docs/build.py", "tests/soak.py", "tests/mutants.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_finds_its_modules_with_python_safe_path(tmp_path, program):
+    """With this variable, Python does not look for modules in the folder of a script."""
+    words = [sys.executable, str(ROOT / program), "--help"]
+    status, out, err = finish(start(words, tmp_path, real=True, PYTHONSAFEPATH="1"))
+    print(out, err)
+    assert status == 0 and "usage: " in out
 
 
 def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):

@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -51,9 +52,9 @@ def folder(tmp_path):
 
 def save_sharded(folder, step):
     tensors = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
-    dcp.save(tensors, checkpoint_id=shards.unfinished(folder, step), no_dist=True)
+    metadata = dcp.save(tensors, checkpoint_id=shards.unfinished(folder, step), no_dist=True)
     rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "samples_seen": 0, "global_step": step, "rng": []}
-    return shards.finish(folder, snapshot.complete(flags(folder), rest))
+    return shards.finish(folder, metadata, snapshot.complete(flags(folder), rest))
 
 
 @pytest.fixture
@@ -276,34 +277,6 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     assert (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize("attack", ["a function", "a tensor that is none"])
-def test_a_sharded_one_that_would_run_code_is_refused(sharded_folder, capsys, attack):
-    """torch.distributed.checkpoint unpickles `.metadata`, and what that says is no tensor."""
-    newest = snapshot.snapshots(sharded_folder, sharded=True)[0]
-
-    class Attack:
-        def __reduce__(self):
-            return Path.touch, (sharded_folder / "attacked",)
-
-    metadata = pickle.loads((newest / shards.METADATA).read_bytes())
-    if attack == "a function":
-        metadata.planner_data = Attack()
-    else:
-        metadata.state_dict_metadata["model.w"] = dcp.metadata.BytesStorageMetadata()
-    (newest / shards.METADATA).write_bytes(pickle.dumps(metadata))
-    state = torch.load(newest / shards.STATE, weights_only=True)
-    state["checksums"][shards.METADATA] = shards.checksum(newest / shards.METADATA)
-    snapshot.write(newest / shards.STATE, state)
-    assert load_newest(sharded_folder, sharded=True)["global_step"] == 20
-    err = capsys.readouterr().err
-    print(err)
-    assert "has no place in .metadata" in err
-    assert not (sharded_folder / "attacked").exists()
-    # It does what it threatens to, if it is let: the test above can fail.
-    pickle.loads((newest / shards.METADATA).read_bytes())
-    assert (sharded_folder / "attacked").exists() == (attack == "a function")
-
-
 def test_a_file_of_another_program_is_refused(tmp_path, capsys):
     path = tmp_path / "snapshot-00000001.pt"
     torch.save({"weights": torch.zeros(3)}, path)
@@ -337,16 +310,44 @@ def test_another_runs_snapshot_stops_with_both_values(folder, capsys, changed, s
     assert said in failure(capsys, flags(folder, **changed))
 
 
+HERE = f"written by Python {platform.python_version()}, torch {torch.__version__}"
+
+
 def test_another_format_stops_with_both_values(folder, capsys, monkeypatch):
-    monkeypatch.setattr(snapshot, "FORMAT", 3)
-    assert "format 2, this run has format 3" in failure(capsys, flags(folder))
+    monkeypatch.setattr(snapshot, "FORMAT", snapshot.FORMAT + 1)
+    both = f"format {snapshot.FORMAT - 1}, this run has format {snapshot.FORMAT} ({HERE}): use the same"
+    assert both in failure(capsys, flags(folder))
 
 
 def test_a_sharded_one_of_another_format_is_told_by_that_and_not_by_what_it_lacks(tmp_path, capsys):
     (tmp_path / "snapshot-00000010").mkdir()
-    snapshot.write(tmp_path / "snapshot-00000010" / "state.pt", {"format": 3, "run": "cnn-mnist"})
-    both = "was made with format 3, this run has format 2: use the same, or another --snapshot-dir"
-    assert failure(capsys, flags(tmp_path), sharded=True).endswith(both)
+    snapshot.write(tmp_path / "snapshot-00000010" / "state.pt", {"format": 99, "run": "cnn-mnist"})
+    both = f"was made with format 99, this run has format {snapshot.FORMAT} ({HERE}): use the same"
+    assert both in failure(capsys, flags(tmp_path), sharded=True)
+
+
+def test_one_that_only_a_later_torch_can_read_says_who_wrote_it(tmp_path, capsys):
+    """Its checksum is right, and what is in it has no name here, or is not allowed here."""
+    path = tmp_path / "snapshot-00000010.pt"
+    torch.save({"format": snapshot.FORMAT, "model": Path()}, path)
+    for writer, said in {
+        b"Python 3.19.0rc1+, torch 9.0.0a0+cpu".ljust(64): "written by Python 3.19.0rc1+, torch 9.0.0a0+cpu)",
+        b"\nerror: \x1b[31mPython 3, torch 2".ljust(64): "written by unknown versions of Python and torch)",
+    }.items():
+        content = path.read_bytes() + writer
+        path.write_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
+        line = failure(capsys, flags(tmp_path))
+        assert "is damaged (Weights only load failed." in line and said in line
+
+
+def test_shards_that_do_not_fit_say_who_wrote_them(sharded_folder, capsys):
+    tensors = {"model": {"w": torch.zeros(10_000), "v": torch.zeros(3)}, "optimizer": {}}
+    state = load_newest(sharded_folder, sharded=True)
+    with pytest.raises(SystemExit), shards.reader(state) as reader:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    print(line)
+    assert line.startswith(f"error: {state['path']} cannot be loaded: ") and HERE in line
 
 
 def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch):
@@ -491,9 +492,9 @@ DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
     tensor = (torch.arange(48) % 2).to(getattr(torch, name))
     saved = {"model": {"w": tensor}, "optimizer": {}}
-    dcp.save(saved, checkpoint_id=shards.unfinished(tmp_path, 10), no_dist=True)
+    metadata = dcp.save(saved, checkpoint_id=shards.unfinished(tmp_path, 10), no_dist=True)
     rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 10, "rng": []}
-    shards.finish(tmp_path, snapshot.complete(flags(tmp_path), rest))
+    shards.finish(tmp_path, metadata, snapshot.complete(flags(tmp_path), rest))
     loaded = {"model": {"w": torch.zeros_like(tensor)}, "optimizer": {}}
     with shards.reader(load_newest(tmp_path, sharded=True)) as reader:
         dcp.load(loaded, storage_reader=reader, no_dist=True)
@@ -503,10 +504,10 @@ def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
 def test_a_number_among_the_shards_is_refused_when_it_is_saved(sharded_folder):
     """dcp would unpickle it when it is loaded, without an allow-list."""
     saved = {"model": {"w": torch.ones(3)}, "optimizer": {"w": {"step": 3}}}
-    dcp.save(saved, checkpoint_id=shards.unfinished(sharded_folder, 40), no_dist=True)
+    metadata = dcp.save(saved, checkpoint_id=shards.unfinished(sharded_folder, 40), no_dist=True)
     rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 40, "rng": []}
-    with pytest.raises(TypeError, match=r"only tensors can be in shards.*BytesStorageMetadata"):
-        shards.finish(sharded_folder, snapshot.complete(flags(sharded_folder), rest))
+    with pytest.raises(TypeError, match=r"only tensors can be in shards, and optimizer\.w\.step is none"):
+        shards.finish(sharded_folder, metadata, snapshot.complete(flags(sharded_folder), rest))
     assert load_newest(sharded_folder, sharded=True)["global_step"] == 30
 
 
@@ -528,7 +529,7 @@ def test_shards_are_written_without_a_gpus_help(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: using it would raise
     tensors = {"model": {"w": torch.ones(10_000)}}
     dcp.save(tensors, storage_writer=shards.writer(tmp_path, 10), no_dist=True)
-    assert (shards.unfinished(tmp_path, 10) / shards.METADATA).exists()
+    assert (shards.unfinished(tmp_path, 10) / ".metadata").exists()
 
 
 def test_weights_of_a_gpu_are_read_on_the_cpu(tmp_path):

@@ -1,10 +1,10 @@
 """Is this machine ready for the workshop? What is not ready has the command that mends it.
 
-    python -m workshop.doctor                        one line a check: green, yellow or red
-    python -m workshop.doctor --only host-name       the same check again, after mending
-    python -m workshop.doctor --json                 everything as one JSON object
-    python -m workshop.doctor --prepare DIR          for a room without a network: collect what it needs
-    python DIR/bundle/doctor.py --install-from DIR   set a laptop up from a copy of that folder
+    python workshop/doctor.py                         one line a check: green, yellow or red
+    python workshop/doctor.py --only host-name        the same check again, after mending
+    python workshop/doctor.py --json                  everything as one JSON object
+    python workshop/doctor.py --prepare DIR           for a room without a network: collect what it needs
+    python DIR/bundle/doctor.py --install-from DIR    set a laptop up from a copy of that folder
 
 The doctor itself needs Python only. Exit status: 0 when nothing is red, 1 when something is red, or could not
 be collected or installed, 2 when the question was wrong.
@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # An older Python reads this file too, to say that it is too 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]  # beside a bundle: the folder that becomes the repository
 OLDEST = (3, 11)
+TRIED = {"Python": ("3.11.2", "3.11.7", "3.13.0"), "torch": ("2.11.0", "2.14.1")}  # as in the README
 COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 LINUX, MAC = sys.platform == "linux", sys.platform == "darwin"
 LOOPBACK = "lo0" if MAC else "lo"  # the network interface
@@ -102,7 +103,12 @@ def install_command(*packages: str) -> str:
     """What installs packages. Many systems protect their own Python, so it goes to an environment."""
     there = python_of(ROOT)
     if sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ:
-        return quoted(sys.executable, "-m", "pip", "install", *packages)
+        install = quoted(sys.executable, "-m", "pip", "install", *packages)
+        if importlib.util.find_spec("pip"):
+            return install
+        if shutil.which("uv"):  # it makes environments without pip
+            return quoted("uv", "pip", "install", "--python", sys.executable, *packages)
+        return f"{quoted(sys.executable, '-m', 'ensurepip')} && {install}"
     if there.exists():
         return f"source {quoted(there.parent / 'activate')}"
     make = quoted(sys.executable, "-m", "venv", ROOT / ".venv")
@@ -221,11 +227,16 @@ def no_torch() -> Finding:
 # --- The checks
 
 
+def tried(name: str) -> str:
+    """With which versions the scripts have run so far."""
+    return f"the scripts were tried with {' and '.join([', '.join(TRIED[name][:-1]), TRIED[name][-1]])}"
+
+
 def python() -> Finding:
     """A Python that the scripts can run on."""
     found = f"Python {platform.python_version()}"
     if sys.version_info[:2] >= OLDEST:
-        return green(found)
+        return green(f"{found} ({tried('Python')})")
     oldest = ".".join(map(str, OLDEST))
     names = [f"python3.{minor}" for minor in range(OLDEST[1] + 8, OLDEST[1] - 1, -1)]
     newer = next((name for name in names if shutil.which(name)), None)
@@ -248,7 +259,8 @@ def torch_is_there() -> Finding:
     if wanted and numbers(facts()["torch"]) < numbers(wanted[1]):
         return red(f"torch {facts()['torch']}, and the scripts need {wanted[1]}", install_anew())
     cuda = facts().get("cuda")
-    return green(f"torch {facts()['torch']}, {f'for CUDA {cuda}' if cuda else 'without CUDA'}")
+    kind = f"for CUDA {cuda}" if cuda else "without CUDA"
+    return green(f"torch {facts()['torch']}, {kind} ({tried('torch')})")
 
 
 def torchvision_fits() -> Finding:
@@ -859,7 +871,7 @@ def install(folder: Path, to: Path) -> int:
     for name in made.get(about["requirements"], []):
         (to / ".venv" / name).touch()
     print(
-        f"wheels: installed\n\nNext:\n\n    cd {quoted(to)} && {quoted(python_of(Path()))} -m workshop.doctor"
+        f"wheels: installed\n\nNext:\n\n    cd {quoted(to)} && {quoted(python_of(Path()))} workshop/doctor.py"
     )
     return 0
 

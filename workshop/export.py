@@ -26,10 +26,9 @@ BESIDE = {
     "04": ["04_multinode/slurm.sbatch", "04_multinode/kubernetes.yaml", "launch_multinode.sh"],
     "05": ["05_fsdp/convert.py"],
 }
-# In the repository, `common` is not beside a step's scripts.
-TO_COMMON = (
-    "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is\n\n"
-)
+# In the repository, `common` is not beside a step's scripts. Python finds what is, but for PYTHONSAFEPATH.
+PATHS = r"(sys\.path\.insert\(0, .*\n)+"
+THIS_FOLDER = "sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `common` is\n"
 
 # What refers to more than is exported, and what stands there instead. Paths of the step's own folder need no
 # edit: `rewritten` shortens them.
@@ -194,13 +193,9 @@ def edited(file: Path, edits: list[tuple[str, str]]) -> str:
 def rewritten(step: str, file: Path) -> str:
     """The text of one of the step's files, as it is to be where `common` lies beside train.py."""
     edits = list(EDITS[step].get(file.relative_to(ROOT).as_posix(), []))
-    scripts = file.suffix == ".py" and "sys.path.insert" in file.read_text()
-    text = edited(file, [*edits, (TO_COMMON, "")] if scripts else edits)
-    if scripts:  # which may have needed these for that line alone
-        for line, name in (("import sys\n", "sys"), ("from pathlib import Path\n", "Path")):
-            if not any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(ast.parse(text))):
-                text = text.replace(line, "", 1)
-        text = text.replace('"""\n\n\nimport', '"""\n\nimport', 1)
+    text = edited(file, edits)
+    if file.suffix == ".py":
+        text = re.sub(PATHS, THIS_FOLDER, text)
     # Snapshots go to a folder that is called after the scripts' one, whatever its name will be.
     text = re.sub(r"\bcheckpoints/0\d_\w+/", "checkpoints/…/", text)
     return text.replace(f"{steps()[step].parent.name}/", "")
