@@ -1,8 +1,8 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, then the
-versions of Python and torch that wrote it, then the CRC-32 of all before. Step 05's is a folder, see
-05_fsdp/sharded.py.
+versions of Python and torch that wrote it, then the CRC-32 of all before.
+Step 05's is a folder, see 05_fsdp/sharded.py.
 """
 
 import argparse

@@ -85,11 +85,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def not_in_the_sample(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test that is marked `sample(n)`: all its cases but n, which SEED draws."""
+    """Of each test that is marked `sample(n)`: all its cases but n, which SEED draws.
+
+    With `sample(n, name)`, n are drawn of all the tests that give this name.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sample"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if mark := item.get_closest_marker("sample"):
+            name = mark.args[1] if len(mark.args) > 1 else item.nodeid.partition("[")[0]
+            cases.setdefault(name, []).append(item)
     rest = []
     for name, group in cases.items():
         mark = group[0].get_closest_marker("sample")

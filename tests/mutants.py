@@ -46,6 +46,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `forks` is
+
 import forks
 from helpers import ROOT, finish, kill, start
 from tqdm import tqdm

@@ -26,6 +26,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `forks` is
+
 import forks
 from helpers import (
     FOLDERS,
@@ -251,8 +253,15 @@ def restarted_run(step: str, ranks: int, seed: int, folder: Path, expected: dict
     return [line]
 
 
-def soak(interruptions: int, restarts: int, seed: int, folder: Path, sizes: tuple[int, ...] = SIZES) -> bool:
-    """Interrupt runs of all steps, two at a time, as often as told or more; whether all ended well."""
+def soak(
+    interruptions: int,
+    restarts: int,
+    seed: int,
+    folder: Path,
+    sizes: tuple[int, ...] = SIZES,
+    steps: tuple[str, ...] = tuple(FOLDERS),
+) -> bool:
+    """Interrupt runs of the steps, two at a time, as often as told or more; whether all ended well."""
     began, rng, lock = time.monotonic(), random.Random(seed), threading.Lock()
     counts = {"interruptions": 0, "restarts": 0, "runs": 0, "failures": 0}
     print(f"seed {seed}: {interruptions} interruptions, {restarts} restarts", flush=True)
@@ -278,24 +287,25 @@ def soak(interruptions: int, restarts: int, seed: int, folder: Path, sizes: tupl
             one.result()
 
     with ThreadPoolExecutor(2) as pool:
-        cases = [(step, ranks) for step in FOLDERS for ranks in ((1,) if step == "01" else sizes)]
+        cases = [(step, ranks) for step in steps for ranks in ((1,) if step == "01" else sizes)]
         alone = [pool.submit(undisturbed, *case, folder / f"{case[0]}-{case[1]}") for case in cases]
         expected = {case: run.result() for case, run in zip(cases, alone, strict=True)}
         while counts["interruptions"] < interruptions and not counts["failures"]:
             wait_for(
                 [
                     pool.submit(attempt, "interruptions", interrupted_run, step, rng.randrange(10**6), kinds)
-                    for step in FOLDERS
+                    for step in steps
                     for kinds in [rng.sample(kinds_for(step), 4)]
                 ]
             )
+        under_torchrun = [step for step in steps if step in UNDER_TORCHRUN]
         wait_for(
             [
                 pool.submit(
                     attempt,
                     "restarts",
                     restarted_run,
-                    UNDER_TORCHRUN[i % len(UNDER_TORCHRUN)],
+                    under_torchrun[i % len(under_torchrun)],
                     rng.randrange(10**6),
                 )
                 for i in range(restarts)

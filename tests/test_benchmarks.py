@@ -102,6 +102,7 @@ def test_what_is_on_paper_is_what_was_recorded(tmp_path):
         assert ours == pytest.approx(theirs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["02", "04", "05"])
 def test_a_timeline_shows_when_ranks_talk(step):
@@ -118,6 +119,7 @@ def test_a_timeline_shows_when_ranks_talk(step):
         assert passes["optimizer"][-1][0] >= passes["backward"][-1][1]
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn_alike_each_time(tmp_path):
     """All of them, for a light and for a dark page; and each is on a page, in both."""
     for folder in ("once", "twice"):

@@ -44,6 +44,7 @@ def ask(folder, *words, real=False, timeout=400):
     return status, out, err
 
 
+@pytest.mark.sample(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", EACH)
 def test_the_symptom_is_what_comes(tmp_path, number):
@@ -68,6 +69,7 @@ def test_without_the_change_it_does_not_come(tmp_path, number):
         assert re.search(r"^node2: .*Seen by rank 1 on node2", out, re.M)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", DIAGNOSED)
 def test_the_diagnosis_says_what_the_card_quotes(tmp_path, number):

@@ -54,8 +54,9 @@ def flags_for(ranks):
 
 
 def slow_but(quick, *cases):
-    """The cases, of which those that are not among the `quick` ones are marked slow."""
-    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
+    """The cases; those that are not among the `quick` ones are marked slow, and two of them are drawn."""
+    slow = [pytest.mark.slow, pytest.mark.sample(2)]
+    return [pytest.param(*case, marks=[] if case in quick else slow) for case in cases]
 
 
 def different(state, expected, *but):
@@ -305,7 +306,11 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(step, marks=pytest.mark.slow) if step > "01" else step for step in FOLDERS]
+    "step",
+    [
+        pytest.param(step, marks=[pytest.mark.slow, pytest.mark.sample(1)]) if step > "01" else step
+        for step in FOLDERS
+    ],
 )
 def test_an_error_ends_a_run_with_workers(tmp_path, step):
     """Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever."""
@@ -416,6 +421,7 @@ COMPILED += [("04", "--accumulate=3 --precision=bf16 --num-samples=363")]
 COMPILED += [(SHARDED, "--model=vit --vit-depth=1 --meta-init --clip-norm=0.5")]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "flags"), COMPILED)
 def test_compiled_it_is_resumed_bit_identical(tmp_path, step, flags):

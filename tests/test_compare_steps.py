@@ -34,7 +34,7 @@ def test_it_compares_all_steps_at_all_ranks(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_a_step_that_trains_wrong_makes_it_exit_1(tmp_path, precision):
     # In float64 a small mistake is enough; in float32 only one that costs accuracy can be seen.
     wrong = {"float64": "(1.001 * loss).backward()", "float32": "(-loss).backward()"}[precision]

@@ -65,8 +65,20 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", GROWN)
+# Steps 03 and 04 begin and end alike.
+QUICK = (
+    [("02", kind) for kind in KINDS] + [("05", kind) for kind in KINDS] + [("03", "SIGTERM"), ("04", "fail")]
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        pytest.param(step, kind, marks=[] if (step, kind) in QUICK else pytest.mark.slow)
+        for step in GROWN
+        for kind in KINDS
+    ],
+)
 def test_a_rank_leaves_nothing_behind(tmp_path, step, kind):
     edits, status_of_02, all_leave = KINDS[kind]
     root = planted(tmp_path / "root", step, counting(step), *edits)

@@ -137,7 +137,7 @@ def bytes_of_rank_0(ranks, **changed):
     return [*(sum(t.nbytes for t in kind) for kind in local), max(gathered)], model
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
     """Of 56.8 million parameters."""
     row, model = bytes_of_rank_0(ranks, **BIG)
@@ -410,7 +410,7 @@ def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
 
 def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     fails = (
-        "                path = finish(self.folder, state)\n",
+        "                path = finish(self.folder, metadata, state)\n",
         "                raise OSError(28, 'planted')\n",
     )
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
@@ -428,7 +428,7 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
     """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
-    finishes = "                path = finish(self.folder, state)\n"
+    finishes = "                path = finish(self.folder, metadata, state)\n"
     fails = f"                if state['global_step'] == 2:\n                    raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]

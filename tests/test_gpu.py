@@ -60,7 +60,7 @@ DEVICE = "cuda" if REAL else "cpu"
 AT_ONCE = max(2, min(16, os.cpu_count() or 1)) if REAL else 2  # runs; each has one thread
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(CARDS)))
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, *([] if WISH else [pytest.mark.sample(10, "make gpu, pretended")])]
 two_cards = pytest.mark.skipif(CARDS < 2, reason=f"needs two GPUs, and here are {CARDS}")
 
 # Python that says which cards this process has a context on: half a gigabyte each.

@@ -71,10 +71,13 @@ def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
     assert len(lines) == len(SHORT[step])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
-def test_a_soak_of_all_steps(tmp_path):
-    """As `make soak`, with 20 interruptions and 3 restarts."""
-    assert soak.soak(20, 3, int.from_bytes(os.urandom(2)), tmp_path)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_soak(tmp_path, step):
+    """As `make soak`: 8 interruptions of one step, and a restart where torchrun starts it."""
+    restarts = int(step in soak.UNDER_TORCHRUN)
+    assert soak.soak(8, restarts, int.from_bytes(os.urandom(2)), tmp_path, steps=(step,))
 
 
 @pytest.mark.parametrize("step", GROWN)
@@ -130,7 +133,10 @@ def test_the_status_is_the_signals(tmp_path, step, number):
 TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-gpu=0"]
 
 
-@pytest.mark.parametrize(("step", "ranks"), [("02", 3), ("03", 1), ("04", 3), ("05", 3), ("05", 1)])
+@pytest.mark.parametrize(
+    ("step", "ranks"),
+    [("02", 3), ("03", 1), pytest.param("04", 3, marks=pytest.mark.slow), ("05", 3), ("05", 1)],
+)
 def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step, ranks):
     """Of the epoch in which it was interrupted, from a trace of the images that all ranks have drawn."""
     root = traced(planted(tmp_path / "root", step))
@@ -267,14 +273,16 @@ SILENT = {
     "exits with 0": "if self.rank == 1 and self.global_step == 5: os._exit(0)",
     "stops": "if self.rank == 1 and self.global_step == 5: os.kill(os.getpid(), signal.SIGSTOP)",
 }
-# A rank that stops takes the half minute that torchrun and mp.spawn give it: one step of each is quick.
-LATE = [("03", "stops"), ("04", "stops")]
+# A rank that stops takes the half minute that torchrun and mp.spawn give it.
+SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "raises"), ("05", "stops")]
 
 
 @pytest.mark.parametrize(
     ("step", "what"),
     [
-        pytest.param(step, what, marks=pytest.mark.slow if (step, what) in LATE else [])
+        pytest.param(
+            step, what, marks=[] if (step, what) in SOON else [pytest.mark.slow, pytest.mark.sample(3)]
+        )
         for step in GROWN
         for what in SILENT
     ],

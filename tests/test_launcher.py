@@ -309,9 +309,9 @@ def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=[pytest.mark.slow, pytest.mark.sample(1)]),
+        pytest.param(signal.SIGTERM, 143, marks=[pytest.mark.slow, pytest.mark.sample(1)]),
+        pytest.param(signal.SIGKILL, -9, marks=[pytest.mark.slow, pytest.mark.sample(1)]),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ import pytest
 from helpers import finish, start
 from mutants import PYTHON, REPORT, ROOT, Lane, in_lanes, known, mutants_of, reason
 
-SAMPLE = 40
+SAMPLE = 20
 QUICK = "shellcheck|bash_3_2|help_names|bad_input|prints|elastic_commands|without_(hosts|the_command)"
 SOURCE = '''
 """A docstring is no statement, and a message no constant: "a b"."""

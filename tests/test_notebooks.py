@@ -129,6 +129,7 @@ def test_links_and_pictures_of_a_notebook_are_there(step):
     assert (timeline in own) == (timeline in (folder / "README.md").read_text())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_notebook_runs_from_top_to_bottom(step, copy, execute):
@@ -149,6 +150,7 @@ def test_a_notebook_runs_from_top_to_bottom(step, copy, execute):
     assert git(copy, "status", "--porcelain") == ""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_cell_fails_when_its_command_fails(step, copy, execute):

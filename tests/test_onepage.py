@@ -449,6 +449,7 @@ def test_light_and_dark_follow_the_system_and_a_key(visit, theme, other):
         ("phone", "light", ["02-the-evaluation"]),
     ],
 )
+@pytest.mark.slow
 def test_axe_finds_nothing(visit, size, theme, tried):
     """Contrast, landmarks, headings, names, focus: all rules of axe-core, on each kind of stop."""
     rules = package("axe-core/axe.min.js").read_text()

@@ -62,7 +62,9 @@ THREADS_AT_THE_END = [
 LINUX = Path("/proc/self/task").exists()
 
 
-@pytest.mark.parametrize("step", FOLDERS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=pytest.mark.slow if step == "04" else []) for step in FOLDERS]
+)
 def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
     """And no thread of gloo outlives the group: one that does aborts the process, in a few of 100 runs."""
     ranks = ranks_of(step)
@@ -87,7 +89,7 @@ def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
 CASES = [
     ("02", "ends in an exception", False),
     ("02", "without the early import", True),  # only a fresh start lacks what is not imported
-    ("04", "ends in an exception", False),
+    pytest.param("04", "ends in an exception", False, marks=pytest.mark.slow),
     ("05", "ends in an exception", False),
     ("05", "with the mesh's groups", False),
 ]
@@ -114,6 +116,7 @@ def test_threads_of_gloo(tmp_path, step, case, real):
     assert any("gloo" in line for line in lines) == case.startswith("with")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_fresh_start_that_gets_a_signal_saves(tmp_path, step):
@@ -149,10 +152,11 @@ def test_help_and_bad_flags_are_answered(tmp_path, script, flag, status):
 
 
 PROGRAMS = ["compare_steps.py", "05_fsdp/convert.py", "workshop/doctor.py", "workshop/check.py"]
-PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.py", "workshop/refute.py"]
-PROGRAMS += ["benchmarks/bench.py", "docs/build.py", "tests/soak.py", "tests/mutants.py"]
+PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.py"]
+PROGRAMS += ["benchmarks/bench.py", "tests/soak.py", "tests/mutants.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_finds_its_modules_with_python_safe_path(tmp_path, program):
     """With this variable, Python does not look for modules in the folder of a script."""
@@ -173,7 +177,10 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     assert "done: 128 images" in out
 
 
-@pytest.mark.parametrize(("step", "flag"), [("01", ""), ("01", "--verbose"), ("05", "--verbose")])
+@pytest.mark.parametrize(
+    ("step", "flag"),
+    [("01", ""), pytest.param("01", "--verbose", marks=pytest.mark.slow), ("05", "--verbose")],
+)
 def test_what_a_run_says_can_be_read_at_once(tmp_path, step, flag):
     """By whoever follows a file: nothing waits until a buffer is full. The run waits until it is read."""
     root = planted(tmp_path / "root", step, pause(3, tmp_path / "read"))

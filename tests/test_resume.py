@@ -76,7 +76,10 @@ QUICK = [("02", 3, "cnn"), ("03", 4, "vit"), ("04", 3, "vit"), (SHARDED, 3, "cnn
 
 @pytest.mark.parametrize(
     ("step", "ranks", "model"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in MORE_RANKS],
+    [
+        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow, pytest.mark.sample(4)])
+        for case in MORE_RANKS
+    ],
 )
 def test_at_three_ranks_and_four_too(tmp_path, step, ranks, model):
     flags = ["--num-samples=233", "--epochs=2", "--save-every=10", f"--batch-size={GLOBAL_BATCH // ranks}"]
@@ -210,6 +213,7 @@ def masks(folder):
 
 
 CASES = [*((step, "nothing") for step in FOLDERS), *(("02", guard) for guard in list(GUARDS)[1:])]
+CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("03", "04") else []) for case in CASES]
 
 
 @pytest.mark.parametrize(("step", "without"), CASES)

@@ -197,6 +197,7 @@ def interrupted(cluster, proof, interrupt, options="") -> None:
 
 
 # To the job's steps; with --batch to the script alone, as from --signal=B:USR1@60; with --full to both.
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("signal", ["TERM", "USR1", "USR2", "USR1 --batch", "USR1 --full"])
 def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof, signal):
     interrupted(cluster, proof, lambda job: cluster.run(f"scancel --signal={signal} {job}"))

@@ -104,6 +104,7 @@ def test_a_wrong_question_is_answered_with_one_line(tmp_path):
         assert status == 2 and len(errors(err)) == 1 and not out, words
 
 
+@pytest.mark.sample(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(("commands", "quoted"), [said[1:] for said in SAID], ids=[said[0] for said in SAID])
 def test_the_commands_print_what_the_page_says(tmp_path, commands, quoted):

@@ -34,7 +34,7 @@ THIS_FOLDER = "sys.path.insert(0, str(Path(__file__).resolve().parent))  # this 
 # edit: `rewritten` shortens them.
 NO_CONVERTER = {
     "common/snapshot.py": [
-        (" Step 05's is a folder, see 05_fsdp/sharded.py.", " Step 05's is a folder."),
+        ("Step 05's is a folder, see 05_fsdp/sharded.py.", "Step 05's is a folder."),
         ("python 05_fsdp/convert.py {others[0]}", "step 05 has a converter"),
     ]
 }
