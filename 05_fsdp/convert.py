@@ -64,9 +64,10 @@ def scatter(folder, state):
     unfinished = sharded.unfinished(folder, state["global_step"])
     if unfinished.exists():
         shutil.rmtree(unfinished)
-    metadata = dcp.save(shards, checkpoint_id=unfinished)
+    writer = sharded.Writer(folder, state["global_step"])
+    dcp.save(shards, storage_writer=writer)
     rest = {key: value for key, value in state.items() if key not in (*shards, "checksum", "writer")}
-    sharded.finish(folder, metadata, {**rest, "param_groups": state["optimizer"]["param_groups"]})
+    sharded.finish(folder, writer.layout(), {**rest, "param_groups": state["optimizer"]["param_groups"]})
 
 
 def main(args):

@@ -88,26 +88,6 @@ def read(path):
     return {**state, "path": path, "metadata": metadata}, ""
 
 
-def layout_of(metadata):
-    """Where each part of each tensor is, in numbers and strings, from what `dcp.save` returns.
-
-    Raises TypeError if anything else than tensors was saved.
-    """
-    layout = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        if not isinstance(tensor, TensorStorageMetadata):
-            raise TypeError(f"only tensors can be in shards, and {name} is none")
-        parts = []
-        for chunk in tensor.chunks:
-            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
-            part |= {"file": place.relative_path, "start": place.offset, "bytes": place.length}
-            parts.append(part)
-        dtype = str(tensor.properties.dtype)
-        layout[name] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
-    return layout
-
-
 def metadata_of(layout, files):
     """What `dcp.load` goes by, from the `layout` of a snapshot whose `files` have so many bytes.
 
@@ -167,13 +147,39 @@ def reason_of(error):
     return (str(reason).strip() or type(reason).__name__).splitlines()[0]
 
 
-def writer(folder, global_step):
+class Writer(dcp.FileSystemWriter):
     """For `dcp.async_save`: it writes a snapshot's shards, until `finish` gives that its name.
 
     No bytes are copied ahead: the shards are in the CPU's memory by then, and the thread that copies would
     open a context on the first GPU, on every rank.
     """
-    return dcp.FileSystemWriter(unfinished(folder, global_step), per_thread_copy_ahead=0)
+
+    def __init__(self, folder, global_step):
+        super().__init__(unfinished(folder, global_step), per_thread_copy_ahead=0)
+
+    def finish(self, metadata, results):  # torch calls it on rank 0, when all shards are written
+        self.tensors = metadata.state_dict_metadata
+        self.places = {result.index: result.storage_data for written in results for result in written}
+        super().finish(metadata, results)
+
+    def layout(self):
+        """On rank 0: where each part of each tensor is, in numbers and strings.
+
+        Raises TypeError if anything else than tensors was saved.
+        """
+        layout = {}
+        for name, tensor in self.tensors.items():
+            if not isinstance(tensor, TensorStorageMetadata):
+                raise TypeError(f"only tensors can be in shards, and {name} is none")
+            parts = []
+            for chunk in tensor.chunks:
+                place = self.places[MetadataIndex(name, chunk.offsets)]
+                part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
+                part |= {"file": place.relative_path, "start": place.offset, "bytes": place.length}
+                parts.append(part)
+            dtype = str(tensor.properties.dtype)
+            layout[name] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
+        return layout
 
 
 def unfinished(folder, global_step):
@@ -181,18 +187,16 @@ def unfinished(folder, global_step):
     return folder / f".snapshot-{global_step:08d}.tmp"
 
 
-def finish(folder, metadata, state):
+def finish(folder, layout, state):
     """Make a snapshot of the shards that are all in `unfinished(folder, …)`.
 
     Args:
         folder: the snapshots' folder.
-        metadata: what dcp.save returned, or dcp.async_save's future.
+        layout: the writer's.
         state: what snapshot.complete returned when the shards were copied.
 
-    Returns the snapshot's path. Raises OSError, and TypeError if anything else than tensors was saved; the
-    snapshots before it are untouched then.
+    Returns the snapshot's path. Raises OSError; the snapshots before it are untouched then.
     """
-    layout = layout_of(metadata)
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"
     # Without what a kill in `write` has left here, which is about to be replaced.
@@ -237,16 +241,17 @@ class Saver:
     def __exit__(self, *error):
         self.thread.shutdown()
 
-    def finish(self, writing, **state):
+    def finish(self, writing, writer, **state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""
-        self.saving = self.thread.submit(self.finish_now, writing, snapshot.complete(self.args, state))
+        state = snapshot.complete(self.args, state)
+        self.saving = self.thread.submit(self.finish_now, writing, writer, state)
 
-    def finish_now(self, writing, state):
+    def finish_now(self, writing, writer, state):
         problem = [None]
         try:
-            metadata = writing.result()
+            writing.result()
             if dist.get_rank() == 0:
-                path = finish(self.folder, metadata, state)
+                path = finish(self.folder, writer.layout(), state)
                 sweep(self.folder)
                 if self.args.verbose:
                     print(f"[rank 0] saved {path}")

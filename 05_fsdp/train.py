@@ -197,14 +197,16 @@ class Trainer:
         self.saver.wait()  # for the one before
         self.share_buffers()
         model, optimizer = get_state_dict(self.model, self.optimizer)  # shards of tensors
+        writer = sharded.Writer(self.args.snapshot_dir, self.global_step)
         # Copied now, and written by each rank while training goes on.
         writing = dcp.async_save(
             {"model": model, "optimizer": optimizer["state"]},
-            storage_writer=sharded.writer(self.args.snapshot_dir, self.global_step),
+            storage_writer=writer,
             process_group=self.saver.group,
         )
         self.saver.finish(
             writing,
+            writer,
             param_groups=self.optimizer.state_dict()["param_groups"],
             epoch=self.epoch,
             samples_seen=self.samples_seen,

@@ -29,6 +29,7 @@ class Judge:
         self.killer, self.why = "", ""
         self.failed: set[str] = set()
         self.ran: list[str] = []
+        self.skipped: list[str] = []  # because of what this machine lacks
         self.measured: list[tuple[str, float, str, bool]] = []  # test, seconds, trace, whether it failed
 
     @pytest.hookimpl(wrapper=True)
@@ -64,6 +65,8 @@ class Judge:
         self.note(report)
 
     def note(self, report: Any) -> None:
+        if report.skipped and "cannot be planted" not in str(report.longrepr):
+            self.skipped.append(report.nodeid)
         if report.failed:
             self.failed.add(report.nodeid)
         if report.failed and not self.killer:
@@ -92,7 +95,7 @@ def judge(asked: dict[str, Any], answer: Path) -> None:
         if part and not plugin.killer:
             status = pytest.main([*flags, *part], plugins=[plugin])
     result = {"killer": plugin.killer, "why": plugin.why, "ran": plugin.ran, "measured": plugin.measured}
-    result["status"] = int(status)
+    result |= {"status": int(status), "skipped": plugin.skipped}
     answer.with_suffix(".tmp").write_text(json.dumps(result))
     answer.with_suffix(".tmp").rename(answer)
 

@@ -19,7 +19,8 @@ mutmut and cosmic-ray change functions that a test imports; ours run as `__main_
 
 The tests that come to the line (`forks.trace`, measured once) run against the copy, those first that caught
 most in this place, for their time, until one fails or `--limit` seconds of tests are over. A test that could
-not plant its own bug in the mutant says nothing. A hang is caught when a test says so by its own limit.
+not plant its own bug in the mutant says nothing, and one that fails only once has failed by chance. A hang
+is caught when a test says so by its own limit.
 
 `mutants.jsonl` has each mutant with the test that catches it, docs/mutants.md the survivors with the reasons
 of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test not yet tried.
@@ -281,7 +282,8 @@ class Lane:
                 )
             return found
         except AssertionError as error:
-            return {"killer": "", "why": str(error).splitlines()[0], "ran": [], "measured": [], "status": -1}
+            why = str(error).splitlines()[0]
+            return {"killer": "", "why": why, "ran": [], "measured": [], "skipped": [], "status": -1}
         finally:
             place.write_bytes(right)
             self.sweep()
@@ -295,6 +297,22 @@ class Lane:
             if (found := self.run([test], 600, mutant))["killer"]:
                 break
         return found
+
+    def first_that_catches(self, tests: list[str], limit: float, mutant: Mutant) -> dict[str, Any]:
+        """What judge.py says of the first test that fails twice.
+
+        One that fails once, and not when it is asked again, has failed by chance. Those after it are asked.
+        """
+        ran: list[str] = []
+        while True:
+            found = self.run(tests, limit, mutant)
+            ran += found["ran"]
+            killer = found["killer"]
+            if killer not in tests or self.run([killer], limit, mutant)["killer"]:
+                return {**found, "ran": ran}
+            tests = tests[tests.index(killer) + 1 :]
+            if not tests:
+                return {**found, "ran": ran, "killer": "", "why": f"{killer} failed once, and not again"}
 
     def sweep(self) -> None:
         """End what a test in a mutant has left: whatever stands in this lane's folder."""
@@ -376,15 +394,17 @@ def names_given(line: str) -> list[str]:
     return match[1].split(", ") if match else []
 
 
-def measure(lanes: list[Lane], bar: Any, quick: bool) -> dict[str, Any]:
+def measure(lanes: list[Lane], bar: Any, quick: bool, files: list[str]) -> dict[str, Any]:
     """Run each test once, and see which lines it comes to; those that fail so are not asked later.
 
-    A test that `TRACED` knows is not measured again; with `quick`, those that `make test` leaves out neither.
+    A test that `TRACED` knows is not measured again; with `quick`, those that `make test` leaves out neither;
+    with `files`, those of other files neither.
     """
     lines = TRACED / "lines.json"
     found = json.loads(lines.read_text()) if lines.exists() else {"seconds": {}, "seen": {}, "failed": []}
     words = [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "--ignore=tests/test_mutants.py"]
     words += [] if quick else ["--all", "--long", "-m", "not long and not other"]
+    words += files
     listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     names = [line for line in listed.splitlines() if line.startswith("tests/")]
     names = [name for name in names if name not in found["seconds"] and name not in found["failed"]]
@@ -524,7 +544,7 @@ def main(args: argparse.Namespace) -> None:
             in_lanes(lanes, check, work, bar)
             REPORT.write_text(report(everything, results))
             return
-        tests = Tests(measure(lanes, bar, args.quick))
+        tests = Tests(measure(lanes, bar, args.quick, args.tests))
         if PASSED.exists() and not args.again:
             tests.passed = json.loads(PASSED.read_text())
         for mutant in everything:
@@ -542,7 +562,7 @@ def main(args: argparse.Namespace) -> None:
             found = {"killer": "", "why": "no other test comes here", "ran": []}
             if order:
                 try:
-                    found = lane.run(order, 3 * args.limit + 60, mutant)
+                    found = lane.first_that_catches(order, 3 * args.limit + 60, mutant)
                 except RuntimeError as error:  # is tried again when this is started again
                     bar.write(f"{mutant}\n    {error}")
                     return
@@ -610,6 +630,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="whether what is known to be caught still is")
     parser.add_argument("--again", action="store_true", help="also those that a test has caught")
     parser.add_argument("--quick", action="store_true", help="leave out the tests that make test leaves out")
+    parser.add_argument(
+        "--tests", nargs="*", default=[], metavar="FILE", help="ask the tests of these files alone"
+    )
     parser.add_argument(
         "--limit", type=int, default=60, metavar="SECONDS", help="of tests, for a mutant (60)"
     )

@@ -410,7 +410,7 @@ def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
 
 def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     fails = (
-        "                path = finish(self.folder, metadata, state)\n",
+        "                path = finish(self.folder, writer.layout(), state)\n",
         "                raise OSError(28, 'planted')\n",
     )
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
@@ -428,7 +428,7 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
     """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
-    finishes = "                path = finish(self.folder, metadata, state)\n"
+    finishes = "                path = finish(self.folder, writer.layout(), state)\n"
     fails = f"                if state['global_step'] == 2:\n                    raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
@@ -503,10 +503,10 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     shutil.copytree(path, unfinished)
     (unfinished / "state.pt").write_bytes(b"old")
     (unfinished / ".state.pt.tmp").write_bytes(b"half")
-    metadata = state["metadata"]
+    layout = state["layout"]
     own = ("checksums", "layout", "metadata", "path")
     state = {key: value for key, value in state.items() if key not in own}
-    finished = sharded.finish(tmp_path, metadata, state)
+    finished = sharded.finish(tmp_path, layout, state)
     print(sharded.read(finished)[0]["checksums"])
     assert sharded.read(finished)[1] == ""
 

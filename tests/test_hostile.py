@@ -88,11 +88,12 @@ def tensors(value=1.0):
 
 
 def save(folder, step):
-    metadata = dcp.save(tensors(), checkpoint_id=sharded.unfinished(folder, step), no_dist=True)
+    writer = sharded.Writer(folder, step)
+    dcp.save(tensors(), storage_writer=writer, no_dist=True)
     rest = {"param_groups": [{"lr": 0.1, "params": [0]}], "epoch": 0, "global_step": step, "samples_seen": 0}
     ARGS.snapshot_dir = folder
     state = snapshot.complete(ARGS, {**rest, "rng": [{"cpu": torch.get_rng_state()}]})
-    return sharded.finish(folder, metadata, state)
+    return sharded.finish(folder, writer.layout(), state)
 
 
 @pytest.fixture(scope="module")

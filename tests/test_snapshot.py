@@ -52,9 +52,10 @@ def folder(tmp_path):
 
 def save_sharded(folder, step):
     tensors = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
-    metadata = dcp.save(tensors, checkpoint_id=shards.unfinished(folder, step), no_dist=True)
+    writer = shards.Writer(folder, step)
+    dcp.save(tensors, storage_writer=writer, no_dist=True)
     rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "samples_seen": 0, "global_step": step, "rng": []}
-    return shards.finish(folder, metadata, snapshot.complete(flags(folder), rest))
+    return shards.finish(folder, writer.layout(), snapshot.complete(flags(folder), rest))
 
 
 @pytest.fixture
@@ -492,9 +493,10 @@ DTYPES += [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
     tensor = (torch.arange(48) % 2).to(getattr(torch, name))
     saved = {"model": {"w": tensor}, "optimizer": {}}
-    metadata = dcp.save(saved, checkpoint_id=shards.unfinished(tmp_path, 10), no_dist=True)
+    writer = shards.Writer(tmp_path, 10)
+    dcp.save(saved, storage_writer=writer, no_dist=True)
     rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 10, "rng": []}
-    shards.finish(tmp_path, metadata, snapshot.complete(flags(tmp_path), rest))
+    shards.finish(tmp_path, writer.layout(), snapshot.complete(flags(tmp_path), rest))
     loaded = {"model": {"w": torch.zeros_like(tensor)}, "optimizer": {}}
     with shards.reader(load_newest(tmp_path, sharded=True)) as reader:
         dcp.load(loaded, storage_reader=reader, no_dist=True)
@@ -504,10 +506,10 @@ def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
 def test_a_number_among_the_shards_is_refused_when_it_is_saved(sharded_folder):
     """dcp would unpickle it when it is loaded, without an allow-list."""
     saved = {"model": {"w": torch.ones(3)}, "optimizer": {"w": {"step": 3}}}
-    metadata = dcp.save(saved, checkpoint_id=shards.unfinished(sharded_folder, 40), no_dist=True)
-    rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 40, "rng": []}
+    writer = shards.Writer(sharded_folder, 40)
+    dcp.save(saved, storage_writer=writer, no_dist=True)
     with pytest.raises(TypeError, match=r"only tensors can be in shards, and optimizer\.w\.step is none"):
-        shards.finish(sharded_folder, metadata, snapshot.complete(flags(sharded_folder), rest))
+        writer.layout()
     assert load_newest(sharded_folder, sharded=True)["global_step"] == 30
 
 
@@ -528,7 +530,7 @@ def test_shards_are_written_without_a_gpus_help(tmp_path, monkeypatch):
     """They are in the CPU's memory: copying ahead would open a context on the first GPU, on every rank."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none: using it would raise
     tensors = {"model": {"w": torch.ones(10_000)}}
-    dcp.save(tensors, storage_writer=shards.writer(tmp_path, 10), no_dist=True)
+    dcp.save(tensors, storage_writer=shards.Writer(tmp_path, 10), no_dist=True)
     assert (shards.unfinished(tmp_path, 10) / ".metadata").exists()
 
 
