@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -52,8 +53,12 @@ def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """DataLoader's arguments for `Digits`: the batch is a tuple already, which `tuple` returns as it is."""
     # In each epoch it draws a seed for workers: by default of those random numbers that snapshots keep.
     own, workers = torch.Generator().manual_seed(torch.initial_seed()), args.num_workers
-    how = {"collate_fn": tuple, "pin_memory": device.type != "cpu", "worker_init_fn": ignore_signals}
-    return {**how, "generator": own, "num_workers": workers, "persistent_workers": workers > 0}
+    how: dict[str, Any] = {"collate_fn": tuple, "pin_memory": device.type != "cpu", "generator": own}
+    how |= {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": ignore_signals}
+    if workers > 0 and sys.platform == "linux":
+        # Python 3.14 would let a server start the workers. A SIGTERM to all processes would end it, and them.
+        how["multiprocessing_context"] = "fork"
+    return how
 
 
 def ignore_signals(worker: int) -> None:

@@ -329,6 +329,24 @@ def test_an_error_ends_a_run_with_workers(tmp_path, step):
     assert "DataLoader worker" not in err and "Exception ignored" not in err, err
 
 
+def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_way(tmp_path):
+    """From Python 3.14 on, a server starts them by default. It ends with SIGTERM, and so would they."""
+    head = "import sys\n"
+    default = "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
+    root = planted(tmp_path / "root", "01", (head, f"{default}{head}"))
+    flags = [*flags_for(1), "--epochs=1000", "--num-workers=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
+    process = start([*command("01", 1, root), *flags], tmp_path, real=True)
+    try:
+        wait_until(lambda: last_saved(tmp_path / "snapshots") or process.poll() is not None, "a snapshot")
+        os.killpg(process.pid, signal.SIGTERM)
+    finally:
+        status, out, err = finish(process)
+    print(out, err)
+    assert status == 143
+    assert f"SIGTERM: saved at step {last_saved(tmp_path / 'snapshots')}; " in out
+    assert "DataLoader worker" not in err
+
+
 # --- Nodes with a folder each
 
 SENDS = "            sent = [state]\n"
