@@ -14,7 +14,7 @@ import torch
 from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, errors, start, wait_until
 
 from common.mnist import FILES
-from common.snapshot import REMEDY, write
+from common.snapshot import FORMAT, REMEDY, write
 
 ALL = list(FOLDERS)
 LONG = "long" * 1300  # no file system takes such a name
@@ -205,12 +205,12 @@ OTHER = {
     "seed": (7, "was made with seed 7, this run has seed 0"),
     "precision": ("bf16", "was made with precision bf16, this run has precision float32"),
     "run": ("cnn-mnist", "was made with run cnn-mnist, this run has run cnn-synthetic-128"),
-    "format": (1, "was made with format 1, this run has format 2"),
+    "format": (1, f"was made with format 1, this run has format {FORMAT} (written by Python "),
 }
 
 
 def plain_snapshot(path, **changed):
-    state = {"format": 2, "run": "cnn-synthetic-128", "seed": 0, "precision": "float32"}
+    state = {"format": FORMAT, "run": "cnn-synthetic-128", "seed": 0, "precision": "float32"}
     state |= {"epoch": 0, "samples_seen": 0, "rng": [], "flags": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, {**state, "global_step": 1, **changed})

@@ -170,7 +170,13 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     state = newest(tmp_path / "s")
     rest = {name: state[name] for name in state.keys() - {"model", "optimizer", "rng", "flags"}}
     place = {"epoch": 2, "samples_seen": 0, "global_step": 2 * steps}
-    assert rest == {**place, "format": 2, "run": f"cnn-{data}", "precision": "float32", "seed": 5}
+    assert rest == {
+        **place,
+        "format": snapshot.FORMAT,
+        "run": f"cnn-{data}",
+        "precision": "float32",
+        "seed": 5,
+    }
     assert said.items() <= state["flags"].items() and not paths.keys() & state["flags"].keys()
     (group,) = state["optimizer"]["param_groups"]
     assert group["lr"] == 0.002 and group["fused"] is False
