@@ -203,7 +203,7 @@ GUARDS = {
     "a stream for each rank": ("02", ("torch.manual_seed(args.seed + dist.get_rank())", "")),
     "each rank's own state": ("common/snapshot.py", ('state["rng"][report.rank]', 'state["rng"][0]')),
     "any state": ("common/snapshot.py", ("torch.set_rng_state(", "(")),
-    "a generator of the loader's own": ("common/mnist.py", ('"generator": own, ', "")),
+    "a generator of the loader's own": ("common/mnist.py", (', "generator": own', "")),
 }
 
 

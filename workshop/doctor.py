@@ -45,7 +45,10 @@ if TYPE_CHECKING:  # An older Python reads this file too, to say that it is too 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]  # beside a bundle: the folder that becomes the repository
 OLDEST = (3, 11)
-TRIED = {"Python": ("3.11.2", "3.11.7", "3.13.0"), "torch": ("2.11.0", "2.14.1")}  # as in the README
+TRIED = {
+    "Python": ("3.11.2", "3.11.7", "3.12.1", "3.13.0"),
+    "torch": ("2.11.0", "2.14.1", "2.15.0"),
+}  # as in the README
 COLOURS = {"red": "31", "green": "32", "yellow": "33"}
 LINUX, MAC = sys.platform == "linux", sys.platform == "darwin"
 LOOPBACK = "lo0" if MAC else "lo"  # the network interface
