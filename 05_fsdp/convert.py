@@ -81,6 +81,9 @@ def main(args):
     state, problem = (sharded if is_folder else snapshot).read(path)
     if problem:
         fail(f"{path} is damaged ({problem}): take the one before it")
+    if state["format"] != snapshot.FORMAT:
+        formats = f"has format {state['format']}, and this code has {snapshot.FORMAT}"
+        fail(f"{path} {formats} ({snapshot.written_by(state)}): convert it with the code that wrote it")
     try:
         if is_folder:
             snapshot.write(other, gather(state))
@@ -93,7 +96,7 @@ def main(args):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         versions = snapshot.written_by(state)
-        fail(f"{path} does not fit the model that it names ({reason}; {versions}): is the code another?")
+        fail(f"{path} does not fit the model that it names ({reason}; {versions}): has the code changed?")
     print(f"wrote {other}")
 
 

@@ -65,9 +65,9 @@ def read(path):
         return state, ""  # whoever wants to go on from it will see that
     for name, kind in KINDS.items():
         if not isinstance(state.get(name), kind):
-            return {}, f"{STATE} is of no sharded snapshot: {name} is missing, or no {kind.__name__}"
+            return {}, f"{STATE} is not from a sharded snapshot: {name} is missing, or not a {kind.__name__}"
     if not all(isinstance(each, dict) for each in state["rng"] + state["param_groups"]):
-        return {}, f"{STATE}: in rng and param_groups stands what is no dict"
+        return {}, f"{STATE}: rng or param_groups holds something that is not a dict"
     checksums = state["checksums"]
     there = {file.name for file in path.iterdir() if file.is_file()}
     for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
@@ -84,29 +84,36 @@ def read(path):
         metadata = metadata_of(state["layout"], {name: (path / name).stat().st_size for name in checksums})
     except Exception as error:  # whoever made this file can put anything there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {}, f"{STATE}: its layout is none ({reason}); {snapshot.written_by(state)}"
+        return {}, f"{STATE}: its layout is not valid ({reason}); {snapshot.written_by(state)}"
     return {**state, "path": path, "metadata": metadata}, ""
 
 
 def metadata_of(layout, files):
     """What `dcp.load` goes by, from the `layout` of a snapshot whose `files` have so many bytes.
 
-    Raises ValueError, or nearly anything else, if it is no layout of these files.
+    Raises ValueError, or nearly any other error, if it is not a layout of these files.
     """
     tensors, places = {}, {}
-    room = sum(files.values())
+    room = left = sum(files.values())
     for name, entry in layout.items():
+        if not isinstance(name, str) or not isinstance(entry["dtype"], str):
+            raise ValueError("a name or a dtype is not a string")
         dtype = DTYPES[entry["dtype"]]
         size = torch.Size(entry["size"])
-        if not isinstance(name, str) or min(size, default=0) < 0:
-            raise ValueError(f"{name} is no tensor")
+        if min(size, default=0) < 0:
+            raise ValueError(f"{name} is not a tensor")
         room -= math.prod(size) * dtype.itemsize
         chunks = []
         for number, part in enumerate(entry["parts"]):
+            if [type(part[key]) for key in ("file", "start", "bytes")] != [str, int, int]:
+                raise ValueError(f"a part of {name} is no file and two numbers")
             if part["file"] not in files:
-                raise ValueError(f"{part['file']} is none of the files")
-            if not 0 <= part["start"] <= part["start"] + part["bytes"] <= files[part["file"]]:
+                raise ValueError(f"{part['file']} is not one of the files")
+            if not 0 <= part["start"] < part["start"] + part["bytes"] <= files[part["file"]]:
                 raise ValueError(f"{name} is not all in {part['file']}")
+            left -= part["bytes"]
+            if left < 0:  # one part, many times: a small file would fill the memory
+                raise ValueError("its parts are larger than the files")
             chunks.append(ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"])))
             places[MetadataIndex(name, part["offsets"], number)] = SimpleNamespace(
                 relative_path=part["file"],
@@ -135,10 +142,11 @@ class Reader(dcp.FileSystemReader):
 def reader(state):
     """For `dcp.load`, from the snapshot `state`, as `read` has returned it: `fail`s if it does not fit."""
     try:
-        yield Reader(state)
+        with snapshot.only_tensors():
+            yield Reader(state)
     except dcp.CheckpointException as error:  # the same on all ranks
-        reason = f"{reason_of(error)}, {snapshot.written_by(state)}"
-        fail(f"{state['path']} cannot be loaded: {reason}; delete it to go on from the one before")
+        what = f"{state['path']} ({snapshot.written_by(state)}) cannot be loaded: {reason_of(error)}"
+        fail(f"{what}; delete it to go on from the one before")
 
 
 def reason_of(error):
@@ -165,12 +173,12 @@ class Writer(dcp.FileSystemWriter):
     def layout(self):
         """On rank 0: where each part of each tensor is, in numbers and strings.
 
-        Raises TypeError if anything else than tensors was saved.
+        Raises TypeError if anything other than tensors was saved.
         """
         layout = {}
         for name, tensor in self.tensors.items():
             if not isinstance(tensor, TensorStorageMetadata):
-                raise TypeError(f"only tensors can be in shards, and {name} is none")
+                raise TypeError(f"only tensors can be in shards, and {name} is not one")
             parts = []
             for chunk in tensor.chunks:
                 place = self.places[MetadataIndex(name, chunk.offsets)]
@@ -192,10 +200,11 @@ def finish(folder, layout, state):
 
     Args:
         folder: the snapshots' folder.
-        layout: the writer's.
+        layout: what the writer's `layout()` returned.
         state: what snapshot.complete returned when the shards were copied.
 
-    Returns the snapshot's path. Raises OSError; the snapshots before it are untouched then.
+    Returns the snapshot's path. Raises OSError, and TypeError if it could not be read again; the snapshots
+    before it are untouched then.
     """
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"

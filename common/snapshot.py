@@ -1,7 +1,7 @@
 """Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, then the
-versions of Python and torch that wrote it, then the CRC-32 of all before.
+versions of Python and torch that wrote it, then the CRC-32 of everything before it.
 Step 05's is a folder, see 05_fsdp/sharded.py.
 """
 
@@ -13,6 +13,7 @@ import platform
 import re
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from common.options import fail, warn
 from common.reporting import Reporter
 
 FORMAT = 3
-WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode().ljust(64)
+WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode()[:64].ljust(64)
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
@@ -106,7 +107,8 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot"
     end = {"checksum": content[-4:], "writer": content[-4 - len(WRITER) : -4]}
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with only_tensors():
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return {}, f"{reason}; {written_by(end)}"
@@ -115,9 +117,24 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
     return {**state, **end}, ""
 
 
+@contextlib.contextmanager
+def only_tensors() -> Iterator[None]:
+    """Inside, `torch.load(…, weights_only=True)` makes tensors, numbers and strings, and nothing else.
+
+    torch.distributed allows more when it is imported, such as DeviceMesh and traceback.FrameSummary. A file
+    that is made to do harm could start a process group with them, or read another file.
+    """
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+
 def written_by(state: dict[str, Any]) -> str:
-    """Which Python and torch wrote the snapshot `state`, for a message: another one may not read it."""
-    found = re.match(rb"Python [\w.+]+, torch [\w.+]+", state["writer"])  # or whatever is in a hostile file
+    """Which Python and torch wrote the snapshot `state`, for messages: other versions may not read it."""
+    found = re.match(rb"Python [\w.+-]+, torch [\w.+-]+", state["writer"])  # or whatever is in a hostile file
     return f"written by {found[0].decode() if found else 'unknown versions of Python and torch'}"
 
 

@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
     parser.addoption("--all", action="store_true", help="also the tests that are marked slow, root or gpu")
     parser.addoption("--long", action="store_true", help="with --all: also those that are marked long")
-    parser.addoption("--other-python", help="another Python with torch, which is to resume this one's runs")
+    parser.addoption("--other-python", help="a second Python with torch: each resumes the other's runs")
     parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
 
 
@@ -82,6 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rest += not_in_the_sample([item for item in items if item not in rest])
     config.hook.pytest_deselected(items=rest)
     items[:] = [item for item in items if item not in rest]
+    # Those that take long come first: at the end, the workers would wait for the last of them.
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "root", "gpu"))))
 
 
 def not_in_the_sample(items: list[pytest.Item]) -> list[pytest.Item]:

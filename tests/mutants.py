@@ -397,8 +397,8 @@ def names_given(line: str) -> list[str]:
 def measure(lanes: list[Lane], bar: Any, quick: bool, files: list[str]) -> dict[str, Any]:
     """Run each test once, and see which lines it comes to; those that fail so are not asked later.
 
-    A test that `TRACED` knows is not measured again; with `quick`, those that `make test` leaves out neither;
-    with `files`, those of other files neither.
+    A test that `TRACED` knows is not measured again. With `quick`, those that `make test` leaves out are not
+    measured either; with `files`, only those of these files are.
     """
     lines = TRACED / "lines.json"
     found = json.loads(lines.read_text()) if lines.exists() else {"seconds": {}, "seen": {}, "failed": []}

@@ -84,7 +84,7 @@ def test_it_says_the_same_in_lines(digits):
     print(out, err)
     assert (status, err) == (0, "")
     assert re.fullmatch(
-        r"green   python         Python 3\.\d+\.\S+ \(the scripts were tried with [\d., and]+\)\n"
+        r"green   python         Python 3\.\d+\.\S+ \(the scripts have been tried with [\d., and]+\)\n"
         rf"green   mnist          in {digits}\n"
         r"(green   open-files     .*\n|yellow  open-files     .*\n        mend it with:  ulimit .*\n)"
         r"\n[23] green, [01] yellow, 0 red\. This machine is ready\.\n",
@@ -441,7 +441,9 @@ def test_outside_of_an_environment_one_is_made_or_entered(tmp_path, monkeypatch)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").touch()
     assert doctor.install_command("tqdm") == f"source {tmp_path}/.venv/bin/activate"
-    monkeypatch.setenv("CONDA_PREFIX", "/conda")
+    monkeypatch.setenv("CONDA_PREFIX", "/conda")  # of another Python than this one
+    assert doctor.install_command("tqdm") == f"source {tmp_path}/.venv/bin/activate"
+    monkeypatch.setenv("CONDA_PREFIX", sys.prefix)
     assert doctor.install_command("tqdm") == f"{sys.executable} -m pip install tqdm"
 
 

@@ -452,7 +452,9 @@ def test_shards_of_another_model_are_not_loaded(tmp_path):
     status, out, err = finish(start(words, tmp_path))
     print(out, err)
     (line,) = errors(err)
-    assert status == 1 and line.startswith("error: snapshots/snapshot-00000004 cannot be loaded: ")
+    assert status == 1 and re.match(
+        r"error: snapshots/snapshot-00000004 \(written by .*\) cannot be loaded: ", line
+    )
     assert line.endswith("; delete it to go on from the one before") and "Size mismatch" in line.replace(
         "size", "Size"
     )

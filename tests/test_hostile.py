@@ -384,6 +384,10 @@ def damage(path, what):
             last["size"] = [room // 4 + 1]
         elif what == "a shard elsewhere":
             last["parts"][0]["file"] = "../outside"
+        elif what == "a place that is a float":
+            last["parts"][0]["start"] = 0.0
+        elif what == "a part a million times":
+            last["parts"] *= 10**6  # one object, a million times: a few bytes each
         elif what == "a part after the end":
             last["parts"][0]["start"] = (path / SHARD).stat().st_size - last["parts"][0]["bytes"] + 1
         elif what == "a part before the beginning":
@@ -394,14 +398,14 @@ def damage(path, what):
 
 
 LIES = {
-    name: f"{STATE} is of no sharded snapshot: {name} is missing, or no {kind}"
+    name: f"{STATE} is not from a sharded snapshot: {name} is missing, or not a {kind}"
     for name, kind in KINDS.items()
 }
 LIES |= {
     "no state.pt": "state.pt is missing",
     "a folder for state.pt": "state.pt is missing",
-    "a group": "state.pt: in rng and param_groups stands what is no dict",
-    "a rank": "state.pt: in rng and param_groups stands what is no dict",
+    "a group": "state.pt: rng or param_groups holds something that is not a dict",
+    "a rank": "state.pt: rng or param_groups holds something that is not a dict",
     "a file more": "more does not belong here",
     "a folder more": "more does not belong here",
     "no __0_0.distcp": "__0_0.distcp is missing",
@@ -410,17 +414,19 @@ LIES |= {
     "a file of which no byte can be read": "cannot read __0_0.distcp: Input/output error",
 }
 LAYOUT_LIES = {
-    "a name that is none": "ValueError: 7 is no tensor",
+    "a name that is none": "ValueError: a name or a dtype is not a string",
+    "a place that is a float": "ValueError: a part of optimizer.net.0.bias.step is no file and two numbers",
+    "a part a million times": "ValueError: its parts are larger than the files",
     "an unknown dtype": "KeyError: 'torch.float3'",
-    "a negative size": "ValueError: optimizer.net.0.bias.step is no tensor",
+    "a negative size": "ValueError: optimizer.net.0.bias.step is not a tensor",
     "a tensor too large": "ValueError: its tensors are larger than the files",
-    "a shard elsewhere": "ValueError: ../outside is none of the files",
+    "a shard elsewhere": "ValueError: ../outside is not one of the files",
     "a part after the end": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
     "a part before the beginning": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
     "a part of less than nothing": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
 }
 LIES |= {
-    name: f"state.pt: its layout is none ({why}); written by unknown versions of Python and torch"
+    name: f"state.pt: its layout is not valid ({why}); written by unknown versions of Python and torch"
     for name, why in LAYOUT_LIES.items()
 }
 

@@ -105,7 +105,7 @@ def python_of(folder: Path) -> Path:
 def install_command(*packages: str) -> str:
     """What installs packages. Many systems protect their own Python, so it goes to an environment."""
     there = python_of(ROOT)
-    if sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ:
+    if sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix:
         install = quoted(sys.executable, "-m", "pip", "install", *packages)
         if importlib.util.find_spec("pip"):
             return install
@@ -232,7 +232,7 @@ def no_torch() -> Finding:
 
 def tried(name: str) -> str:
     """With which versions the scripts have run so far."""
-    return f"the scripts were tried with {' and '.join([', '.join(TRIED[name][:-1]), TRIED[name][-1]])}"
+    return f"the scripts have been tried with {' and '.join([', '.join(TRIED[name][:-1]), TRIED[name][-1]])}"
 
 
 def python() -> Finding:

@@ -26,7 +26,8 @@ BESIDE = {
     "04": ["04_multinode/slurm.sbatch", "04_multinode/kubernetes.yaml", "launch_multinode.sh"],
     "05": ["05_fsdp/convert.py"],
 }
-# In the repository, `common` is not beside a step's scripts. Python finds what is, but for PYTHONSAFEPATH.
+# In the repository, `common` is not beside a step's scripts. Where it is, Python finds it by itself, unless
+# PYTHONSAFEPATH is set.
 PATHS = r"(sys\.path\.insert\(0, .*\n)+"
 THIS_FOLDER = "sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `common` is\n"
 
