@@ -30,7 +30,7 @@ from common import snapshot
 from common.models import build_model
 from common.reporting import Reporter
 
-TIMES = [int(times) for times in [os.environ.get("HOSTILE")] if times]
+TIMES = int(os.environ.get("HOSTILE", "200"))
 MARK = "attacked"  # a folder that is there when a pickle has been let do what it says
 METADATA = ".metadata"  # torch's own, a pickle that nothing here reads
 
@@ -281,14 +281,13 @@ def run(do, capsys):
     return ended
 
 
-@pytest.mark.parametrize("times", TIMES or [60, pytest.param(300, marks=pytest.mark.slow)])
-def test_nothing_in_a_hostile_folder_is_run(times, original, tmp_path, capsys, monkeypatch):
+def test_nothing_in_a_hostile_folder_is_run(original, tmp_path, capsys, monkeypatch):
     convert = load(ROOT / FOLDERS["05"] / "convert.py")
     monkeypatch.chdir(tmp_path)
     torch.save(Attack("os.mkdir"), "evil.pt")
     seed = int.from_bytes(os.urandom(4))
     rng, ends, kinds = random.Random(seed), Counter(), Counter()
-    for number in range(times):
+    for number in range(TIMES):
         folder = Path(shutil.copytree(original, tmp_path / "snapshots"))
         path = snapshot.snapshots(folder, sharded=True)[0]
         harm = rng.choices(list(HARMS), list(HARMS.values()))[0]
@@ -304,7 +303,7 @@ def test_nothing_in_a_hostile_folder_is_run(times, original, tmp_path, capsys, m
         assert not Path(MARK).exists(), story
         shutil.rmtree(folder)
     print(f"{dict(kinds)}; {dict(ends)}")
-    assert ends["went on from 10"] > times / 3  # the one before: else nothing was refused
+    assert ends["went on from 10"] > TIMES / 2  # the one before: else nothing was refused
 
 
 @pytest.mark.parametrize("way", Attack.WAYS)
