@@ -30,6 +30,7 @@ MARKS = {
     "long": "takes minutes more: make test-all ARGS=--long",
     "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
     "other": "needs a second Python with torch: --other-python=<its path>",
+    "few": "few(n): make test draws n of its cases; all: make test-all",
     "sample": "sample(n): of its cases n are drawn each time; all: make test-all ARGS=--long",
 }
 SEED = "SEED"  # the environment variable that decides what is drawn at random, for whoever repeats a run
@@ -70,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if any("::" in argument for argument in config.args):
         return
-    marks = {*MARKS} - {"sample"}
+    marks = {*MARKS} - {"few", "sample"}
     if config.getoption("--all"):
         marks = {"long", "other"}
     if config.getoption("--long"):
@@ -79,26 +80,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marks.discard("other")
     rest = [item for item in items if any(map(item.get_closest_marker, marks))]
     if not config.getoption("--long"):
-        rest += not_in_the_sample([item for item in items if item not in rest])
+        rest += not_drawn("sample", [item for item in items if item not in rest])
+    if not config.getoption("--all"):
+        rest += not_drawn("few", [item for item in items if item not in rest])
     config.hook.pytest_deselected(items=rest)
     items[:] = [item for item in items if item not in rest]
     # Those that take long come first: at the end, the workers would wait for the last of them.
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "root", "gpu"))))
 
 
-def not_in_the_sample(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test that is marked `sample(n)`: all its cases but n, which SEED draws.
+def not_drawn(kind: str, items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test that is marked `sample(n)`, or `few(n)`: all its cases but n, which SEED draws.
 
     With `sample(n, name)`, n are drawn of all the tests that give this name.
     """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if mark := item.get_closest_marker("sample"):
+        if mark := item.get_closest_marker(kind):
             name = mark.args[1] if len(mark.args) > 1 else item.nodeid.partition("[")[0]
             cases.setdefault(name, []).append(item)
     rest = []
     for name, group in cases.items():
-        mark = group[0].get_closest_marker("sample")
+        mark = group[0].get_closest_marker(kind)
         assert mark is not None
         drawn = random.Random(f"{os.environ[SEED]} {name}").sample(group, min(mark.args[0], len(group)))
         rest += [item for item in group if item not in drawn]

@@ -157,6 +157,7 @@ def test_ranks_with_unequally_many_batches(tmp_path, ranks):
 # --- Data
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("step", "ranks"),
     [("01", 1), *((step, ranks) for step in FOLDERS if step != "01" for ranks in (1, 2, 3))],

@@ -106,6 +106,7 @@ DURING = [(step, 1 if step == "01" else 3, "the launcher") for step in FOLDERS]
 DURING += [(step, 4, "rank 1") for step in ("02", "04", SHARDED)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "ranks", "whom"),
     slow_but(
@@ -143,6 +144,7 @@ def test_a_signal_during_an_evaluation(once, tmp_path, step, ranks, whom):
     assert different(run.state, once(step, ranks, *flags).state) == []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "extra"),
     slow_but(
@@ -195,6 +197,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "ranks", "flags"), slow_but([TOGETHER[0], TOGETHER[7]], *TOGETHER))
 def test_flags_together_resumed_in_the_middle_of_an_epoch(tmp_path, step, ranks, flags):
     words = flags.split()
@@ -257,6 +260,7 @@ WORKERS = [(step, 1 if step == "01" else 3, number) for step in FOLDERS for numb
 WORKERS += [("02", 4, signal.SIGTERM), ("04", 4, signal.SIGINT)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "number"),
     slow_but([("01", 1, signal.SIGINT), ("02", 3, signal.SIGINT), ("04", 3, signal.SIGTERM)], *WORKERS),

@@ -71,6 +71,8 @@ QUICK = (
 )
 
 
+@pytest.mark.sample(12)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("step", "kind"),
     [

@@ -137,6 +137,7 @@ def bytes_of_rank_0(ranks, **changed):
     return [*(sum(t.nbytes for t in kind) for kind in local), max(gathered)], model
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
     """Of 56.8 million parameters."""

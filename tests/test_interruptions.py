@@ -61,6 +61,7 @@ SHORT = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
     seed = int.from_bytes(os.urandom(2))
@@ -133,6 +134,7 @@ def test_the_status_is_the_signals(tmp_path, step, number):
 TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-gpu=0"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "ranks"),
     [("02", 3), ("03", 1), pytest.param("04", 3, marks=pytest.mark.slow), ("05", 3), ("05", 1)],
@@ -277,6 +279,7 @@ SILENT = {
 SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "raises"), ("05", "stops")]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("step", "what"),
     [
@@ -356,6 +359,7 @@ def start_with_another_rank(folder, step, change, *flags):
     return start([*words, *flags], folder)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("what", DIFFERENT)
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what):

@@ -244,6 +244,7 @@ def marked(folder: Path) -> list[str]:
     return [line for line in out.splitlines() if str(folder) in line]
 
 
+@pytest.mark.slow
 def test_local_nodes_train(proof, tmp_path):
     """Two nodes are two torchruns that meet on a free port; they do what step 03 does, to the last bit."""
     own, taken = training(tmp_path)[3:], contextlib.ExitStack()
@@ -340,6 +341,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
         assert [path.name for path in scratch.iterdir() if path.name.startswith(("launch.", "ranks."))] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "without",
     [

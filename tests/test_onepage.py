@@ -356,6 +356,7 @@ def test_a_key_folds_all_but_the_lesson(visit):
     assert lines(page, ".l") == whole
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", STEPS)
 def test_a_key_shows_the_whole_script(visit, step):
     page = visit(
@@ -475,6 +476,7 @@ def test_axe_finds_nothing(visit, size, theme, tried):
     assert found == []
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", SIZES)
 def test_it_fits_its_screen(visit, tmp_path, size):
     """Nothing hangs out at the side; on a wall, letters are large. Screenshots are in tmp_path."""

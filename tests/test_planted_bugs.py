@@ -71,6 +71,7 @@ BUGS = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     step, right, wrong, symptom = BUGS[bug]
@@ -81,6 +82,7 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     assert symptom in found
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
@@ -127,6 +129,7 @@ def test_the_pass_that_arranges_buckets_changes_nothing(tmp_path, step):
     train(step, 2, tmp_path / "run", "--num-samples=64", "--epochs=1", "--batch-size=16", root=root)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
     """In the middle of an epoch, when the ranks' averages differ: a snapshot has one for all of them."""

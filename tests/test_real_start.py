@@ -62,6 +62,8 @@ THREADS_AT_THE_END = [
 LINUX = Path("/proc/self/task").exists()
 
 
+@pytest.mark.sample(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "step", [pytest.param(step, marks=pytest.mark.slow if step == "04" else []) for step in FOLDERS]
 )
@@ -96,6 +98,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LINUX, reason="counts threads in /proc: Linux only")
 @pytest.mark.parametrize(("step", "case", "real"), CASES)
 def test_threads_of_gloo(tmp_path, step, case, real):
@@ -178,6 +181,7 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     assert "done: 128 images" in out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "flag"),
     [("01", ""), pytest.param("01", "--verbose", marks=pytest.mark.slow), ("05", "--verbose")],

@@ -47,6 +47,7 @@ def memory_lines(events):
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     ranks, parts = (1 if step == "01" else 3), (2 if step > "03" else 1)

@@ -74,6 +74,7 @@ MORE_RANKS = [(step, ranks, model) for step in GROWN for ranks in (3, 4) for mod
 QUICK = [("02", 3, "cnn"), ("03", 4, "vit"), ("04", 3, "vit"), (SHARDED, 3, "cnn")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "ranks", "model"),
     [
@@ -216,6 +217,7 @@ CASES = [*((step, "nothing") for step in FOLDERS), *(("02", guard) for guard in 
 CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("03", "04") else []) for case in CASES]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("step", "without"), CASES)
 def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
     """Of each rank, which has its own; and without a guard it is seen."""
@@ -247,6 +249,7 @@ def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
         assert largest_difference(run.weights, uninterrupted.weights) == 0.0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
     """Neither as the run before has begun, nor alike on two ranks."""

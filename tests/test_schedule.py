@@ -60,6 +60,7 @@ CASES = [(step, ranks) for step in GROWN for ranks in (2, 4)] + [("03", 3)]
 QUICK = [("02", 2), ("03", 3), (SHARDED, 4)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
@@ -73,6 +74,7 @@ def test_every_step_follows_it_alike(once, step, ranks):
     assert disagreements(reference, constant) != []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_label_smoothing_is_of_the_training_alone(once, step):
     """The first loss is that of torch's smoothed target; a test is without it."""
@@ -92,6 +94,7 @@ def test_label_smoothing_is_of_the_training_alone(once, step):
     assert smoothed.test["loss"] == pytest.approx(tested, abs=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "step",
     [pytest.param(step, marks=[] if step in ("01", SHARDED) else pytest.mark.slow) for step in FOLDERS],

@@ -141,6 +141,7 @@ def test_a_linear_model_falls_short(
     assert 0.70 < accuracy < 0.90
 
 
+@pytest.mark.slow
 def test_a_small_cnn_learns_them(train_set: tuple[Tensor, Tensor], test_set: tuple[Tensor, Tensor]) -> None:
     torch.manual_seed(0)
     cnn = nn.Sequential(
