@@ -92,18 +92,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def not_drawn(kind: str, items: list[pytest.Item]) -> list[pytest.Item]:
     """Of each test that is marked `sample(n)`, or `few(n)`: all its cases but n, which SEED draws.
 
-    With `sample(n, name)`, n are drawn of all the tests that give this name.
+    A mark on some cases is for these alone, unless the test has one for all. With `sample(n, name)`, n are
+    drawn of all the tests that give this name.
     """
     cases: dict[str, list[pytest.Item]] = {}
+    numbers: dict[str, int] = {}
     for item in items:
-        if mark := item.get_closest_marker(kind):
+        if marks := [*item.iter_markers(kind)]:
+            mark = marks[-1]  # the one that is closest to the case comes first
             name = mark.args[1] if len(mark.args) > 1 else item.nodeid.partition("[")[0]
             cases.setdefault(name, []).append(item)
+            numbers[name] = mark.args[0]
     rest = []
     for name, group in cases.items():
-        mark = group[0].get_closest_marker(kind)
-        assert mark is not None
-        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(group, min(mark.args[0], len(group)))
+        drawn = random.Random(f"{os.environ[SEED]} {name}").sample(group, min(numbers[name], len(group)))
         rest += [item for item in group if item not in drawn]
     return rest
 

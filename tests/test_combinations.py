@@ -106,6 +106,7 @@ DURING = [(step, 1 if step == "01" else 3, "the launcher") for step in FOLDERS]
 DURING += [(step, 4, "rank 1") for step in ("02", "04", SHARDED)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "ranks", "whom"),
@@ -234,6 +235,7 @@ def cnn(""",
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("ranks", "flags"), slow_but([(3, "")], (3, ""), (3, "--cpu-offload"), (4, "--replicas=2"))
 )
@@ -309,12 +311,10 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
     assert different(run.state, once(step, ranks, *flags_for(ranks)).state, "flags") == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "step",
-    [
-        pytest.param(step, marks=[pytest.mark.slow, pytest.mark.sample(1)]) if step > "01" else step
-        for step in FOLDERS
-    ],
+    [pytest.param(step, marks=pytest.mark.slow) if step > "01" else step for step in FOLDERS],
 )
 def test_an_error_ends_a_run_with_workers(tmp_path, step):
     """Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever."""
@@ -420,6 +420,7 @@ TRAINS += [(SHARDED, "--compile --model=vit --vit-depth=1 --lr=0.003 --epochs=3"
 FASTER = ("--compile", "--precision=bf16")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("step", "flags"), slow_but(TRAINS[:2], *TRAINS))
 def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, flags):
     """Those that are not in test_options.py."""
@@ -443,7 +444,7 @@ COMPILED += [("04", "--accumulate=3 --precision=bf16 --num-samples=363")]
 COMPILED += [(SHARDED, "--model=vit --vit-depth=1 --meta-init --clip-norm=0.5")]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "flags"), COMPILED)
 def test_compiled_it_is_resumed_bit_identical(tmp_path, step, flags):

@@ -94,7 +94,7 @@ def complaints(line, status, out, folder, resumed):
     return [what for what, found in wanted.items() if not found]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run_as_written(tmp_path, page):

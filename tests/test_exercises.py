@@ -72,7 +72,7 @@ def test_each_exercise_knows_four_mistakes():
     assert min(Counter(wrong["exercise"] for wrong in WRONG).values()) >= 4
 
 
-@pytest.mark.sample(40)
+@pytest.mark.sample(20)
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG, ids=[f"{wrong['exercise']} {wrong['idea']}" for wrong in WRONG])
 def test_a_mistake_gets_its_message(tmp_path, wrong):

@@ -71,7 +71,7 @@ QUICK = (
 )
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("step", "kind"),

@@ -93,6 +93,7 @@ def edit(file, *edits):
     file.write_text(text)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("step", TRAINED)
 def test_it_trains_as_the_step_does(once, tmp_path, step):
     """Bit for bit, also when it goes on from a snapshot; with every file that it has, and with no other."""

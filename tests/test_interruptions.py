@@ -72,7 +72,7 @@ def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
     assert len(lines) == len(SHORT[step])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_soak(tmp_path, step):
@@ -194,6 +194,7 @@ def remount(folder, options):
     wait_until(done, f"remounting with {options}")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.root
 @pytest.mark.parametrize("step", STEPS)
 def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
@@ -279,13 +280,12 @@ SILENT = {
 SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "raises"), ("05", "stops")]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("step", "what"),
     [
-        pytest.param(
-            step, what, marks=[] if (step, what) in SOON else [pytest.mark.slow, pytest.mark.sample(3)]
-        )
+        pytest.param(step, what, marks=[] if (step, what) in SOON else pytest.mark.slow)
         for step in GROWN
         for what in SILENT
     ],

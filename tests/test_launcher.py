@@ -341,6 +341,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
         assert [path.name for path in scratch.iterdir() if path.name.startswith(("launch.", "ranks."))] == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "without",
@@ -517,6 +518,7 @@ def test_run_trains_on_both_nodes(net, launcher, proof):
         assert difference == 0.0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.root
 @needs_ssh
 @pytest.mark.parametrize("how", ["Ctrl-C", "a node fails"])

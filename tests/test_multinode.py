@@ -113,6 +113,7 @@ def weights(host: Host) -> dict[str, torch.Tensor]:
     return torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)["model"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("options", "ranks"), [([], 2), (["--elastic=2:2", "--interface=eth0"], 1)], ids=["static", "c10d"]
 )
@@ -259,6 +260,7 @@ def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path
     assert bytes_sent[1] < bytes_sent[0] / 3
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_step_05_on_two_hosts_with_one_disk_does_what_step_03_does(net, proof, replicas):
     first, second = net.hosts

@@ -178,6 +178,7 @@ def test_the_cell_of_an_exercise_fails_when_there_is_nothing_to_judge(copy, exec
     assert "error: " in "".join(out.get("text", "") for out in check.outputs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.slow
 def test_the_first_cell_fetches_the_repository_where_there_is_none(tmp_path, copy, execute):
     """As on a hosted notebook, where a notebook comes alone; a second time, it finds it."""

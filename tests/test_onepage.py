@@ -442,6 +442,7 @@ def test_light_and_dark_follow_the_system_and_a_key(visit, theme, other):
     page.wait_for_function("other => document.documentElement.dataset.theme === other", arg=other)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("size", "theme", "tried"),
     [

@@ -49,6 +49,7 @@ def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
     assert (tmp_path / "a folder" / "snapshot-00000002.pt").exists()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step):

@@ -62,7 +62,7 @@ THREADS_AT_THE_END = [
 LINUX = Path("/proc/self/task").exists()
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     "step", [pytest.param(step, marks=pytest.mark.slow if step == "04" else []) for step in FOLDERS]
@@ -120,7 +120,7 @@ def test_threads_of_gloo(tmp_path, step, case, real):
     assert any("gloo" in line for line in lines) == case.startswith("with")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_fresh_start_that_gets_a_signal_saves(tmp_path, step):
@@ -160,6 +160,7 @@ PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.
 PROGRAMS += ["benchmarks/bench.py", "tests/soak.py", "tests/mutants.py"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_finds_its_modules_with_python_safe_path(tmp_path, program):
@@ -181,6 +182,7 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     assert "done: 128 images" in out
 
 
+@pytest.mark.sample(1)
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "flag"),

@@ -74,13 +74,11 @@ MORE_RANKS = [(step, ranks, model) for step in GROWN for ranks in (3, 4) for mod
 QUICK = [("02", 3, "cnn"), ("03", 4, "vit"), ("04", 3, "vit"), (SHARDED, 3, "cnn")]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "ranks", "model"),
-    [
-        pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow, pytest.mark.sample(4)])
-        for case in MORE_RANKS
-    ],
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in MORE_RANKS],
 )
 def test_at_three_ranks_and_four_too(tmp_path, step, ranks, model):
     flags = ["--num-samples=233", "--epochs=2", "--save-every=10", f"--batch-size={GLOBAL_BATCH // ranks}"]
@@ -217,6 +215,7 @@ CASES = [*((step, "nothing") for step in FOLDERS), *(("02", guard) for guard in 
 CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("03", "04") else []) for case in CASES]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.few(3)
 @pytest.mark.parametrize(("step", "without"), CASES)
 def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
@@ -267,6 +266,7 @@ def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("victim", "real"),
     [(1, False), pytest.param(0, True, marks=pytest.mark.slow)],

@@ -32,6 +32,7 @@ def steps_and_sizes(*steps):
     )
 
 
+@pytest.mark.sample(12)
 @steps_and_sizes(*GROWN)
 def test_every_step_ends_where_step_01_ends(proof, step, ranks, model):
     run, reference = proof(step, ranks, model), proof("01", 1, model)

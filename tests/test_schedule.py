@@ -60,6 +60,7 @@ CASES = [(step, ranks) for step in GROWN for ranks in (2, 4)] + [("03", 3)]
 QUICK = [("02", 2), ("03", 3), (SHARDED, 4)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks"),

@@ -130,6 +130,7 @@ def test_the_patches_change_the_same_lines():
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("step", "ranks"), GROWN)
 def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks):
     run, reference = proof(step, ranks), proof("01")
