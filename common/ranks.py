@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -36,6 +37,7 @@ class Control:
     """
 
     signal = 0  # the last that this process has had
+    watching = False
 
     def __init__(self, seconds: int = 120):
         """From now on SIGTERM and Ctrl-C only leave a note. `seconds`: until a rank counts as lost."""
@@ -46,9 +48,7 @@ class Control:
             dist.barrier(group=self.group)  # type: ignore[arg-type]
         self.launcher, self.clock, self.step, self.next = os.getppid(), time.perf_counter(), 0, 0
         self.vote: Any = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # No method of this object, which the handler would keep for ever, and with it the group.
-            signal.signal(number, lambda number, frame: setattr(Control, "signal", number))
+        watch_signals()
 
     def asked_to_stop(self) -> int:
         """0, or the number of the signal to stop for: the same on all ranks, which call this in each step."""
@@ -75,6 +75,43 @@ class Control:
             dist.barrier(group=self.group)
         report.say(f"{signal.Signals(number).name}: saved at step {global_step}; run the same again to go on")
         sys.exit(128 + number)
+
+
+def watch_signals() -> None:
+    """From now on SIGTERM and Ctrl-C leave a note for `Control`; a second one, later, ends the process.
+
+    A thread waits for the second: Python runs no handler while the main thread waits in a collective.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # No method of an object, which the handler would keep for ever, and with it the group.
+        signal.signal(number, lambda number, frame: setattr(Control, "signal", number))
+    if not Control.watching:
+        Control.watching = True
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # from here on, each signal writes its number
+        threading.Thread(target=end_at_the_second_signal, args=(reader,), daemon=True).start()
+
+
+def end_at_the_second_signal(reader: int) -> None:
+    """End this process when `reader` gives the number of a second SIGTERM or Ctrl-C.
+
+    Those in the second after the first one are the same: a terminal and the launcher both send it.
+    """
+    first = 0.0
+    while True:
+        [number] = os.read(reader, 1)
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            continue
+        now = time.monotonic()
+        if not first:
+            first = now
+        elif now - first > 1:
+            rank = f"rank {dist.get_rank()} has " if dist.is_initialized() else ""
+            name = signal.Signals(number).name
+            lost = "ends at once, and what was trained after the last snapshot is lost"
+            os.write(2, f"error: {rank}{name} for the second time: {lost}\n".encode())
+            os._exit(128 + number)
 
 
 def arrange_buckets(trainer: Any) -> None:

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,35 @@ def test_the_status_is_the_signals(tmp_path, step, number):
     assert status == 128 + number
     assert f"{number.name}: saved at step {last_saved(tmp_path / 'snapshots')}; run the same again" in out
     assert "Traceback" not in err
+
+
+STUCK = {  # in Python, which runs a handler there, and in a collective, in which it runs none
+    "01": "self.global_step == 2 and (open('stuck', 'w'), sum(0 for _ in iter(int, 1)))",
+    "03": "self.rank == 1 and self.global_step == 2 and (open('stuck', 'w'), time.sleep(600))",
+}
+
+
+@pytest.mark.parametrize("step", STUCK)
+def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path, step):
+    root = planted(tmp_path / "root", step, after_a_step(STUCK[step]))
+    process = start([*command(step, 2, root), *FOREVER, "--save-every=1"], tmp_path)
+    ranks = []
+    try:
+        wait_until((tmp_path / "stuck").exists, "the file that a rank makes before it is stuck", 60)
+        ranks = process.ranks() or [process.pid]
+        kill(ranks, signal.SIGTERM)
+        time.sleep(1.2)  # more than the second in which a signal counts as the same
+        assert not any(map(has_ended, ranks))
+        kill(ranks, signal.SIGTERM)
+        wait_until(lambda: all(map(has_ended, ranks)), f"the end of {ranks}", 10)
+    finally:
+        kill([pid for pid in ranks if not has_ended(pid)])
+        status, out, err = finish(process)
+    print(status, out, err)
+    assert status == (143 if step == "01" else 1)
+    assert last_saved(tmp_path / "snapshots") > 0 and "saved at step" not in out
+    who = "" if step == "01" else "rank 0 has "
+    assert f"error: {who}SIGTERM for the second time: ends at once, and what was trained" in err
 
 
 # 457 images, 2 ranks × 10: 22 steps an epoch; another size than the first's divides no place of it.
