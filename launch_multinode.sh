@@ -172,13 +172,14 @@ node_commands() { # NODE_RANK
     [ -z "$setup" ] || printf ' && %s' "$setup"
     printf ' &&\n'
     if [ "$mode" != local ] && ((count > 1)); then
+        # NCCL reads a name as a prefix, eth1 for eth10 too, unless another "=" is in front of it.
         if [ -z "$interface" ]; then
             # shellcheck disable=SC2016 # expanded on the node
             printf 'interface=$(./launch_multinode.sh --interface-to %s) &&\n' "$peer"
             # shellcheck disable=SC2016
-            printf 'GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface '
+            printf 'GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME==$interface '
         else
-            printf 'GLOO_SOCKET_IFNAME=%s NCCL_SOCKET_IFNAME=%s ' "$interface" "$interface"
+            printf 'GLOO_SOCKET_IFNAME=%s NCCL_SOCKET_IFNAME==%s ' "$interface" "$interface"
         fi
     fi
     printf 'OMP_NUM_THREADS=%s ' "$threads"

@@ -182,7 +182,7 @@ def test_it_prints_what_each_node_is_to_run():
     for rank, (name, peer) in enumerate([("alpha", "beta"), ("beta", "alpha"), ("gamma", "alpha")]):
         block = out.split(f"# --- on {name}\n")[1].split("\n\n")[0]
         assert f"--interface-to {peer})" in block
-        assert "GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface OMP_NUM_THREADS=1" in block
+        assert "GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME==$interface OMP_NUM_THREADS=1" in block
         assert (
             f"--nnodes=3 --nproc-per-node=8 --node-rank={rank} --master-addr=alpha --master-port=29500"
             in block
@@ -212,7 +212,7 @@ def test_elastic_commands_differ_in_who_is_host():
     blocks = commands_for(["alpha", "beta"], "--elastic=1:4", "--rdzv-id=x", "--interface=ib0", "--port=1234")
     for name, host in (("alpha", 1), ("beta", 0)):
         print(blocks[name])
-        assert "GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0" in blocks[name]
+        assert "GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME==ib0" in blocks[name]
         assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in blocks[name]
         assert (
             "--nnodes=1:4 --nproc-per-node=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-id=x" in blocks[name]
@@ -544,3 +544,13 @@ def test_run_stops_all_nodes_and_leaves_nothing(net, launcher, how):
         left = [line for line in host.processes() if "sshd" not in line]
         print(f"{host.name}: {left}")
         assert left == []
+
+
+def test_a_slurm_job_with_fewer_cores_than_ranks_ends_at_once():
+    """Eight GPUs, and the two cores that the script asks for unless it is changed: each rank would crawl."""
+    job = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    words = ["bash", str(ROOT / "04_multinode" / "slurm.sbatch")]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **job}, cwd=ROOT)
+    print(result.returncode, result.stdout, result.stderr)
+    said = "error: 8 ranks on each node, and CPUs for them: 2; raise --cpus-per-task\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", said)
