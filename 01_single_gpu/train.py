@@ -92,15 +92,15 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        snapshot.save(
-            self.args,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            epoch=self.epoch,
-            samples_seen=self.samples_seen,
-            global_step=self.global_step,
-            rng=snapshot.rng_states(self.device),
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "rng": snapshot.rng_states(self.device),
+        }
+        snapshot.save(self.args, **state)
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args)
@@ -117,7 +117,7 @@ def main(args):
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
     name_run(args, model_name(args), train_data.name, train_data.fallback)
     model = build_model(args).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

@@ -22,6 +22,7 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name, set_learning_rate
 from common.options import count_gpus, make_parser, name_run, pick_device, whole_number
+from common.process_group import backends, others_wait
 from common.ranks import Control, arrange_buckets, let_go, meeting
 from common.reporting import Reporter
 from parent import join
@@ -33,7 +34,7 @@ def worker(rank, port, args):
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(
-            backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
+            backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
             store=dist.TCPStore("127.0.0.1", port),  # a client of spawn's store
             rank=rank,
             world_size=args.world_size,
@@ -129,18 +130,17 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = snapshot.rng_states(self.device)  # of every rank
-        if self.rank != 0:
-            return  # all ranks hold the same weights
-        snapshot.save(
-            self.args,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            epoch=self.epoch,
-            samples_seen=self.samples_seen,
-            global_step=self.global_step,
-            rng=rng,
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "rng": snapshot.rng_states(self.device),
+        }
+        with others_wait():  # a save may take longer than a collective may
+            if self.rank == 0:  # all ranks hold the same weights
+                snapshot.save(self.args, **state)
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args)
@@ -157,7 +157,7 @@ def main(args, device):
     name_run(args, model_name(args), train_data.name, train_data.fallback)
     model = build_model(args).to(device)
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

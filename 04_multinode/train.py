@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name, set_learning_rate
+from common.nodes import send_snapshot
 from common.options import make_parser, name_run, pick_device, positive_float, whole_number
+from common.process_group import backends, others_wait
 from common.ranks import Control, arrange_buckets, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
 
@@ -34,7 +36,7 @@ def worker(args):
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
-            backend=dist.get_default_backend_for_device(device),  # NCCL for CUDA, gloo for CPUs
+            backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
             device_id=device if device.type == "cuda" else None,
         )
@@ -139,28 +141,31 @@ class Trainer:
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = snapshot.rng_states(self.device)  # of every rank
-        if not self.saves:
-            return  # all ranks hold the same weights
-        snapshot.save(
-            self.args,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            epoch=self.epoch,
-            samples_seen=self.samples_seen,
-            global_step=self.global_step,
-            rng=rng,
-        )
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "rng": snapshot.rng_states(self.device),
+        }
+        with others_wait():  # a save may take longer than a collective may
+            if self.saves:  # all ranks hold the same weights
+                snapshot.save(self.args, **state)
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, alike=False)
-        # A node may be new, or behind: all go on from the newest snapshot that any of them has.
-        have = [None] * self.world_size
-        dist.all_gather_object(have, (state["global_step"], state["checksum"]) if state else (-1,))
-        if len(set(have)) > 1:
-            sent = [state]
-            dist.broadcast_object_list(sent, src=have.index(max(have)))
-            state = sent[0]
+        # A node may be new, or behind: all resume from the newest snapshot that any of them has.
+        mine = (state["global_step"], state["checksum"]) if state else (-1, b"")
+        found = [None] * self.world_size
+        dist.all_gather_object(found, mine)
+        newest = max(found)
+        if len(set(found)) > 1:
+            state = None  # free, before another one is loaded
+            path = snapshot.path_of(self.args.snapshot_dir, newest[0])
+            receives = self.saves and mine != newest
+            send_snapshot(path, found.index(newest), receives, self.args.timeout)
+            state = snapshot.load_newest(self.args)
         if state is None:
             return
         self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
@@ -175,7 +180,7 @@ def main(args, device):
     check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
     model = build_model(args).to(device)
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
     Trainer(args, device, model, optimizer, train_data, test_data).train()
 
 

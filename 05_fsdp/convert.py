@@ -22,17 +22,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # and this folder, whe
 
 import sharded
 from common import snapshot
-from common.models import build_model
 from common.options import OneLineParser, fail
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be: one process
 
 
-def parameter_names(state):
-    """The names of the parameters, in the order in which an optimizer numbers them."""
-    with torch.device("meta"):  # names and shapes, no memory
-        model = build_model(argparse.Namespace(**state["flags"]))
-    return [name for name, _ in model.named_parameters()]
+def parameter_names(param_groups):
+    """The name of each parameter, by the number that the optimizer's state has for it.
+
+    Raises ValueError if the optimizer does not know the names.
+    """
+    if not all("param_names" in group for group in param_groups):
+        raise ValueError("its optimizer has no names: build it from model.named_parameters()")
+    return {
+        number: name
+        for group in param_groups
+        for number, name in zip(group["params"], group["param_names"], strict=True)
+    }
 
 
 def gather(state):
@@ -41,7 +47,7 @@ def gather(state):
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in saved.items()}
     with sharded.reader(state) as reader:
         dcp.load(tensors, storage_reader=reader)
-    numbers = {name: number for number, name in enumerate(parameter_names(state))}
+    numbers = {name: number for number, name in parameter_names(state["param_groups"]).items()}
     own = ("checksum", "checksums", "layout", "metadata", "param_groups", "path", "writer")
     plain = {key: value for key, value in state.items() if key not in own}
     plain["model"], slots = {}, {number: {} for number in numbers.values()}
@@ -58,7 +64,7 @@ def gather(state):
 
 def scatter(folder, state):
     """Write the sharded snapshot of the plain one `state` in `folder`."""
-    names = parameter_names(state)
+    names = parameter_names(state["optimizer"]["param_groups"])
     slots = {names[number]: slots for number, slots in state["optimizer"]["state"].items()}
     shards = {"model": state["model"], "optimizer": slots}
     unfinished = sharded.unfinished(folder, state["global_step"])
@@ -67,7 +73,8 @@ def scatter(folder, state):
     writer = sharded.Writer(folder, state["global_step"])
     dcp.save(shards, storage_writer=writer)
     rest = {key: value for key, value in state.items() if key not in (*shards, "checksum", "writer")}
-    sharded.finish(folder, writer.layout(), {**rest, "param_groups": state["optimizer"]["param_groups"]})
+    rest["param_groups"] = state["optimizer"]["param_groups"]
+    sharded.finish(folder, writer.layout(), writer.checksums, rest)
 
 
 def main(args):
@@ -96,7 +103,7 @@ def main(args):
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         versions = snapshot.written_by(state)
-        fail(f"{path} does not fit the model that it names ({reason}; {versions}): has the code changed?")
+        fail(f"{path} cannot be converted: {reason} ({versions})")
     print(f"wrote {other}")
 
 

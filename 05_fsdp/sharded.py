@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import shutil
-import zlib
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
@@ -30,8 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from common import snapshot
 from common.options import fail
+from common.process_group import others_wait
 
 STATE = "state.pt"  # all that is not a shard, the layout of the shards, and their checksums
+METADATA = ".metadata"  # torch's
 
 DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -43,19 +45,30 @@ KINDS |= {"rng": list, "param_groups": list}
 
 def checksum(path):
     """The CRC-32 of a file."""
-    crc = 0
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+        return snapshot.checksum(file)
 
 
 def read(path):
     """The state in the folder `path` and what is wrong with it, as snapshot.read gives it for a file.
 
-    The shards are checked and not loaded. The state's `path` says where they are, its `metadata` which
-    part of which tensor each of them holds: `reader` goes by it.
+    The shards are checked and not loaded: each rank checks some of the files, and all return the same. The
+    state's `path` says where they are, its `metadata` which part of which tensor each of them holds: `reader`
+    goes by it.
     """
+    with others_wait():
+        state, problem = read_state(path)
+        if not problem and state["format"] == snapshot.FORMAT:
+            problem = check_shards(path, state["checksums"]) or add_metadata(path, state)
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        problem = next(filter(None, problems), "")
+    return (state, "") if not problem else ({}, problem)
+
+
+def read_state(path):
+    """What `read` returns, without a look into the shards."""
     if not (path / STATE).is_file():
         return {}, f"{STATE} is missing"
     state, problem = snapshot.read(path / STATE)
@@ -68,24 +81,38 @@ def read(path):
             return {}, f"{STATE} is not from a sharded snapshot: {name} is missing, or not a {kind.__name__}"
     if not all(isinstance(each, dict) for each in state["rng"] + state["param_groups"]):
         return {}, f"{STATE}: rng or param_groups holds something that is not a dict"
-    checksums = state["checksums"]
     there = {file.name for file in path.iterdir() if file.is_file()}
-    for name in sorted({file.name for file in path.iterdir()} - {STATE, *checksums}):
+    for name in sorted({file.name for file in path.iterdir()} - {STATE, *state["checksums"]}):
         return {}, f"{name} does not belong here"
-    for name, crc in checksums.items():
+    for name in state["checksums"]:
         if name not in there:
             return {}, f"{name} is missing"
+    return state, ""
+
+
+def check_shards(path, checksums):
+    """What is wrong with this rank's part of the files in the folder `path`, or an empty string."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for name in sorted(checksums)[rank::world_size]:
         try:
-            if checksum(path / name) != crc:
-                return {}, f"wrong checksum in {name}"
+            if checksum(path / name) != checksums[name]:
+                return f"wrong checksum in {name}"
         except OSError as error:
-            return {}, f"cannot read {name}: {error.strerror}"
+            return f"cannot read {name}: {error.strerror}"
+    return ""
+
+
+def add_metadata(path, state):
+    """What is wrong with the layout in `state`, or an empty string: then `path` and `metadata` are in it."""
     try:
-        metadata = metadata_of(state["layout"], {name: (path / name).stat().st_size for name in checksums})
+        files = {name: (path / name).stat().st_size for name in state["checksums"]}
+        state["metadata"] = metadata_of(state["layout"], files)
     except Exception as error:  # whoever made this file can put anything there
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {}, f"{STATE}: its layout is not valid ({reason}); {snapshot.written_by(state)}"
-    return {**state, "path": path, "metadata": metadata}, ""
+        return f"{STATE}: its layout is not valid ({reason}); {snapshot.written_by(state)}"
+    state["path"] = path
+    return ""
 
 
 def metadata_of(layout, files):
@@ -134,6 +161,10 @@ class Reader(dcp.FileSystemReader):
         super().__init__(state["path"])
         self.metadata = state["metadata"]
 
+    def read_data(self, plan, planner):
+        with others_wait():  # a rank may have more to read than another, or a slower way to the disk
+            return super().read_data(plan, planner)
+
     def read_metadata(self):  # no arguments: dcp.load then looks for no other file, `__0.metadata`
         return self.metadata
 
@@ -156,19 +187,25 @@ def reason_of(error):
 
 
 class Writer(dcp.FileSystemWriter):
-    """For `dcp.async_save`: it writes a snapshot's shards, until `finish` gives that its name.
+    """For `dcp.async_save`: it writes a snapshot's shards, until `finish` gives that its name."""
 
-    No bytes are copied ahead: the shards are in the CPU's memory by then, and the thread that copies would
-    open a context on the first GPU, on every rank.
-    """
+    def __init__(self, folder, global_step, group=None):
+        super().__init__(unfinished(folder, global_step))
+        self.group = group  # that torch uses, in its thread
+        self.checksums = {}  # of this rank's files, by name
 
-    def __init__(self, folder, global_step):
-        super().__init__(unfinished(folder, global_step), per_thread_copy_ahead=0)
+    def write_data(self, plan, planner):  # torch calls it on every rank
+        with others_wait(self.group):
+            written = super().write_data(plan, planner)
+            for name in {result.storage_data.relative_path for result in written.value()}:
+                self.checksums[name] = checksum(self.path / name)
+        return written
 
     def finish(self, metadata, results):  # torch calls it on rank 0, when all shards are written
         self.tensors = metadata.state_dict_metadata
         self.places = {result.index: result.storage_data for written in results for result in written}
         super().finish(metadata, results)
+        self.checksums[METADATA] = checksum(self.path / METADATA)
 
     def layout(self):
         """On rank 0: where each part of each tensor is, in numbers and strings.
@@ -195,12 +232,13 @@ def unfinished(folder, global_step):
     return folder / f".snapshot-{global_step:08d}.tmp"
 
 
-def finish(folder, layout, state):
+def finish(folder, layout, checksums, state):
     """Make a snapshot of the shards that are all in `unfinished(folder, …)`.
 
     Args:
         folder: the snapshots' folder.
         layout: what the writer's `layout()` returned.
+        checksums: of all files that the writers have written, by name.
         state: what snapshot.complete returned when the shards were copied.
 
     Returns the snapshot's path. Raises OSError, and TypeError if it could not be read again; the snapshots
@@ -208,12 +246,9 @@ def finish(folder, layout, state):
     """
     shards = unfinished(folder, state["global_step"])
     path = folder / f"snapshot-{state['global_step']:08d}"
-    # Without what a kill in `write` has left here, which is about to be replaced.
-    files = [file for file in sorted(shards.iterdir()) if STATE not in file.name]
-    checksums = {file.name: checksum(file) for file in files}
-    if path.exists() and not read(path)[1]:
-        shutil.rmtree(shards)  # a run that was stopped in an epoch's last step has saved that already
-        return path
+    for file in shards.iterdir():
+        if file.name not in checksums:
+            file.unlink()  # a kill in an earlier `finish` has left it
     snapshot.write(shards / STATE, {**state, "layout": layout, "checksums": checksums})
     if path.exists():  # damaged: a folder cannot be replaced in one go
         os.rename(path, shards.with_suffix(".old.tmp"))
@@ -240,6 +275,7 @@ class Saver:
 
     def __init__(self, args):
         self.args, self.folder, self.saving = args, args.snapshot_dir, None
+        self.newest = None  # the global step of the snapshot that this run has loaded, or saved last
         # A group of its own: two threads must not talk over one.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))
 
@@ -250,8 +286,9 @@ class Saver:
     def __exit__(self, *error):
         self.thread.shutdown()
 
-    def finish(self, writing, writer, **state):
+    def finish(self, writing, writer, state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""
+        self.newest = state["global_step"]
         state = snapshot.complete(self.args, state)
         self.saving = self.thread.submit(self.finish_now, writing, writer, state)
 
@@ -259,11 +296,11 @@ class Saver:
         problem = [None]
         try:
             writing.result()
-            if dist.get_rank() == 0:
-                path = finish(self.folder, writer.layout(), state)
-                sweep(self.folder)
-                if self.args.verbose:
-                    print(f"[rank 0] saved {path}")
+            checksums = [None] * dist.get_world_size()
+            dist.all_gather_object(checksums, writer.checksums, group=self.group)
+            with others_wait(self.group):
+                if dist.get_rank() == 0:
+                    self.finish_on_rank_0(writer.layout(), dict(ChainMap(*checksums)), state)
         except dcp.CheckpointException as error:  # the same on all ranks
             what = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
             problem = [f"{what}{free_on(self.folder)}; {snapshot.REMEDY}"]
@@ -273,6 +310,12 @@ class Saver:
             problem = [f"cannot write to {self.folder}: {error}"]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         return problem[0]
+
+    def finish_on_rank_0(self, layout, checksums, state):
+        path = finish(self.folder, layout, checksums, state)
+        sweep(self.folder)
+        if self.args.verbose:
+            print(f"[rank 0] saved {path}")
 
     def wait(self):
         """For the snapshot that is being written; `fail`s, on all ranks, if that did not succeed."""

@@ -22,12 +22,6 @@ def check_gpus(args):
         fail("FSDP is for GPUs, and there is none here: practise on CPUs with --use-gpu 0")
 
 
-def backends(device):
-    """The process group's, for init_process_group: gloo, and on a GPU also what that has."""
-    gpus = f",{device.type}:{dist.get_default_backend_for_device(device)}"
-    return "cpu:gloo" + (gpus if device.type != "cpu" else "")
-
-
 def make_mesh(args, device):
     """The ranks that a model is sharded over: all, or with --replicas each row of a table.
 

@@ -33,6 +33,7 @@ from common import snapshot
 from common.mnist import fast, load_mnist
 from common.models import build_model, model_name, set_learning_rate
 from common.options import fail, make_parser, name_run, pick_device, positive_float, whole_number
+from common.process_group import backends
 from common.ranks import Control, check_same, disk_mates, let_go, meeting
 from common.reporting import Reporter
 from memory import MemoryReport
@@ -46,7 +47,7 @@ def worker(args):
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
     with meeting():  # ends with one line if some of the ranks do not come
         dist.init_process_group(  # address, rank and world size: torchrun's variables say them
-            backend=switches.backends(device),  # NCCL for CUDA, and gloo for what is offloaded
+            backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
             timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
             device_id=device if device.type == "cuda" else None,
         )
@@ -194,31 +195,33 @@ class Trainer:
             dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: keep rank 0's
 
     def save_snapshot(self):
+        if self.global_step == self.saver.newest:
+            return  # it was saved when the run was stopped after an epoch's last step
         self.saver.wait()  # for the one before
         self.share_buffers()
         model, optimizer = get_state_dict(self.model, self.optimizer)  # shards of tensors
-        writer = sharded.Writer(self.args.snapshot_dir, self.global_step)
+        state = {
+            "param_groups": self.optimizer.state_dict()["param_groups"],
+            "epoch": self.epoch,
+            "samples_seen": self.samples_seen,
+            "global_step": self.global_step,
+            "rng": snapshot.rng_states(self.device),
+        }
+        writer = sharded.Writer(self.args.snapshot_dir, self.global_step, self.saver.group)
         # Copied now, and written by each rank while training goes on.
         writing = dcp.async_save(
             {"model": model, "optimizer": optimizer["state"]},
             storage_writer=writer,
             process_group=self.saver.group,
         )
-        self.saver.finish(
-            writing,
-            writer,
-            param_groups=self.optimizer.state_dict()["param_groups"],
-            epoch=self.epoch,
-            samples_seen=self.samples_seen,
-            global_step=self.global_step,
-            rng=snapshot.rng_states(self.device),
-        )
+        self.saver.finish(writing, writer, state)
 
     def load_snapshot(self):
         state = snapshot.load_newest(self.args, sharded.read)
         if state is None:
             return
         self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
+        self.saver.newest = self.global_step
         model, optimizer = get_state_dict(self.model, self.optimizer)
         shards = {"model": model, "optimizer": optimizer["state"]}
         with sharded.reader(state) as reader:
@@ -235,7 +238,7 @@ def main(args, device):
     check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
     model = build_sharded_model(args, device, switches.make_mesh(args, device))
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
     switches.check_sharded(optimizer)  # built before the model is sharded, it would train nothing
     with sharded.Saver(args) as saver:  # its end waits for a save, after an error too
         Trainer(args, device, model, optimizer, train_data, test_data, saver).train()

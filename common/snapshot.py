@@ -7,7 +7,6 @@ Step 05's is a folder, see 05_fsdp/sharded.py.
 
 import argparse
 import contextlib
-import io
 import os
 import platform
 import re
@@ -15,23 +14,30 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
 from common.options import fail, warn
+from common.process_group import others_wait
 from common.reporting import Reporter
 
 FORMAT = 3
 WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode()[:64].ljust(64)
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
+CHUNK = 1 << 24  # bytes of a file that are in memory at a time
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
 
 def step_of(path: Path) -> int:
     """The global step in a snapshot's name."""
     return int(path.stem.removeprefix("snapshot-"))
+
+
+def path_of(folder: Path, global_step: int) -> Path:
+    """Where the snapshot of a step is, in `folder`."""
+    return folder / f"snapshot-{global_step:08d}.pt"
 
 
 def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
@@ -48,28 +54,55 @@ def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, **same, "flags": flags}
 
 
+class ChecksumFile:
+    """A file for `torch.save` that computes the CRC-32 of all that is written to it.
+
+    It keeps the first OSError and lets torch go on, because torch would put an error of its own in its place.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.crc = 0
+        self.error: OSError | None = None
+
+    def write(self, chunk: Any) -> int:
+        """Write bytes, or a memoryview of a tensor's bytes."""
+        self.crc = zlib.crc32(chunk, self.crc)
+        if self.error is None:
+            try:
+                self.file.write(chunk)
+            except OSError as error:
+                self.error = error
+        return len(chunk)
+
+    def flush(self) -> None:
+        """`torch.save` calls it. `write` below flushes the file itself, where an error can be raised."""
+
+
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to the file `path` in one go, or raise OSError; TypeError if `read` would refuse it."""
-    content = io.BytesIO()  # so that whatever the disk objects to arrives as an OSError
-    torch.save(state, content)
-    content.seek(0)
-    if refused := torch.serialization.get_unsafe_globals_in_checkpoint(content):
-        raise TypeError(f"{max(refused)} cannot be in a snapshot, only tensors, numbers and strings")
-    content.seek(0, io.SEEK_END)
-    content.write(WRITER)
-    # Of the whole file: zip's own leave out the names and places of what is in it.
-    content.write(zlib.crc32(content.getbuffer()).to_bytes(4, "big"))
+    """Write `state` to the file `path` in one go, or raise OSError; TypeError if `read` would refuse it.
+
+    Tensors go from where they are to the disk: no second copy of the state is made in memory.
+    """
     temporary = path.parent / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
+            checked = ChecksumFile(file)
+            torch.save(state, checked)  # type: ignore[arg-type] # it calls `write` and `flush` only
+            checked.write(WRITER)
+            # Of the whole file: zip's own checksums leave out the names and places of what is in it.
+            checked.write(checked.crc.to_bytes(4, "big"))
+            if checked.error:
+                raise checked.error
             file.flush()
             os.fsync(file.fileno())
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
+        if refused:
+            raise TypeError(f"{max(refused)} cannot be in a snapshot, only tensors, numbers and strings")
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there only if something went wrong
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 def save(args: argparse.Namespace, **state: Any) -> None:
     """Write `state`, of tensors, numbers and strings, to a new file; keep the newest three. May `fail`."""
-    path = args.snapshot_dir / f"snapshot-{state['global_step']:08d}.pt"
+    path = path_of(args.snapshot_dir, state["global_step"])
     try:
         write(path, complete(args, state))
         for old in [*snapshots(path.parent)[KEEP:], *path.parent.glob(".snapshot-*.tmp")]:
@@ -95,20 +128,33 @@ def save(args: argparse.Namespace, **state: Any) -> None:
         print(f"[rank {dist.get_rank() if dist.is_initialized() else 0}] saved {path}", flush=True)
 
 
+def checksum(file: BinaryIO, size: int = 1 << 62) -> int:
+    """The CRC-32 of the next `size` bytes of `file`, or of all that are left."""
+    crc = 0
+    while chunk := file.read(max(0, min(size, CHUNK))):
+        crc = zlib.crc32(chunk, crc)
+        size -= len(chunk)
+    return crc
+
+
 def read(path: Path) -> tuple[dict[str, Any], str]:
     """The state in the file `path`, and what is wrong with it (an empty string if nothing is)."""
     if path.exists() and not path.is_file():
         return {}, f"{path.name} is no file"
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            crc = checksum(file, size - 4)
+            end = {"checksum": file.read(4)}
+            if crc != int.from_bytes(end["checksum"], "big"):
+                return {}, f"wrong checksum: altered, cut off at {size:,} bytes, or never a snapshot"
+            file.seek(max(0, size - 4 - len(WRITER)))
+            end["writer"] = file.read(len(WRITER))
+            file.seek(0)
+            with only_tensors():
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
-    if zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "big"):
-        return {}, f"wrong checksum: altered, cut off at {len(content):,} bytes, or never a snapshot"
-    end = {"checksum": content[-4:], "writer": content[-4 - len(WRITER) : -4]}
-    try:
-        with only_tensors():
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return {}, f"{reason}; {written_by(end)}"
@@ -161,13 +207,20 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
     if others and (not paths or step_of(others[0]) > step_of(paths[0])):
         kind = f"is {'no' if sharded else 'a'} sharded snapshot"
         fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
+    if sharded and dist.is_initialized():  # all ranks have to read the same ones
+        found = gathered((args.run, [path.name for path in paths]))
+        newest = [(run, step_of(Path(names[0])) if names else None) for run, names in found]
+        check_alike(newest)
+        paths = [folder / name for name in found[0][1]]
     state: Any = None
     damaged: list[str] = []
-    for path in paths:
-        state, problem = (read_shards or read)(path)
-        if not problem:
-            break
-        damaged.append(f"{path} is damaged ({problem})")
+    # Reading may take one rank longer than another. Step 05's waits for the others by itself.
+    with contextlib.nullcontext() if sharded else others_wait():
+        for path in paths:
+            state, problem = (read_shards or read)(path)
+            if not problem:
+                break
+            damaged.append(f"{path} is damaged ({problem})")
     if damaged and len(damaged) == len(paths):
         fail(f"{'; '.join(damaged)}; no snapshot is left, delete {folder} to start afresh")
     for report in damaged:
@@ -178,11 +231,21 @@ def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool =
             by = f" ({written_by(state)})" if name == "format" else ""
             fail(f"{path} {both}{by}: use the same, or another --snapshot-dir")
     if alike and dist.is_initialized():
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (args.run, state["global_step"] if state else None))
-        if len(set(found)) > 1:
-            fail(f"the ranks do not start from the same place (run, step): {found}; use one disk for all")
+        check_alike(gathered((args.run, state["global_step"] if state else None)))
     return state
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each rank has given."""
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def check_alike(starts: list[tuple[str, int | None]]) -> None:
+    """`fail` unless all ranks start from the same run and global step."""
+    if len(set(starts)) > 1:
+        fail(f"the ranks do not start from the same place (run, step): {starts}; use one disk for all")
 
 
 def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:

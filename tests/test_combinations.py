@@ -353,8 +353,8 @@ def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_
 
 # --- Nodes with a folder each
 
-SENDS = "            sent = [state]\n"
-TELLS = "            os.write(1, f'from rank {have.index(max(have))}\\n'.encode())\n"  # in one piece
+SENDS = "            state = None  # free, before another one is loaded\n"
+TELLS = "            os.write(1, f'from rank {found.index(newest)}\\n'.encode())\n"  # in one piece
 EACH = [
     (SENDS, TELLS + SENDS),
     (
@@ -367,6 +367,7 @@ EACH = [
 def test_step_04_sends_a_snapshot_only_to_those_that_lack_it(once, tmp_path):
     """To ranks with a folder each, as nodes have them."""
     root = planted(tmp_path / "root", "04", *EACH)
+    planted(root, "common/snapshot.py", ("CHUNK = 1 << 24", "CHUNK = 1 << 12"))  # it comes in many pieces
     flags = flags_for(3)
     expected = once("04", 3, *flags).state
 

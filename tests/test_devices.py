@@ -8,7 +8,10 @@ import json
 import re
 
 import pytest
+import torch
 from helpers import FOLDERS, GROWN, NORMED, command, finish, planted, start
+
+from common.process_group import backends
 
 FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=2", "--use-gpu=0"]
 GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
@@ -78,3 +81,13 @@ def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
         assert trains == arranged + (["True"] * steps + ["False"]) * 2
         types = {name: {of for _, other, _, of in rows if other == name and of} for *_, name in KEPT}
         assert types == {name: {f"torch.{of}"} for of, name in KEPT}
+
+
+def test_objects_never_go_through_a_gpu():
+    """NCCL alone would copy the pickled snapshot of step 04 onto every GPU."""
+    for device, expected in (
+        ("cpu", "cpu:gloo"),
+        ("cuda:3", "cpu:gloo,cuda:nccl"),
+        ("xpu", "cpu:gloo,xpu:xccl"),
+    ):
+        assert backends(torch.device(device)) == expected

@@ -317,7 +317,7 @@ def test_there_may_be_fewer_test_images_than_ranks(tmp_path, step):
 
 def test_an_optimizer_from_before_fully_shard_is_refused(tmp_path):
     """Without our check it trains nothing, without a word, until the first snapshot."""
-    right = "optimizer = torch.optim.AdamW(model.parameters(), "
+    right = "optimizer = torch.optim.AdamW(model.named_parameters(), "
     early = (right, "optimizer = torch.optim.AdamW(build_model(args).parameters(), ")
     flags = ["--num-samples=240", "--batch-size=12", "--use-gpu=0", "--epochs=1"]
     root = planted(tmp_path / "checked", STEP, early)
@@ -411,8 +411,8 @@ def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
 
 def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     fails = (
-        "                path = finish(self.folder, writer.layout(), state)\n",
-        "                raise OSError(28, 'planted')\n",
+        "                    self.finish_on_rank_0(writer.layout(), dict(ChainMap(*checksums)), state)\n",
+        "                    raise OSError(28, 'planted')\n",
     )
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
     planted(root, STEP, after_a_step("self.global_step == 2 and os.kill(os.getpid(), signal.SIGTERM)"))
@@ -429,8 +429,8 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
     """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
-    finishes = "                path = finish(self.folder, writer.layout(), state)\n"
-    fails = f"                if state['global_step'] == 2:\n                    raise {error}\n"
+    finishes = "        path = finish(self.folder, layout, checksums, state)\n"
+    fails = f"        if state['global_step'] == 2:\n            raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
     status, out, err = finish(start([*command(STEP, 2, root), *flags, "--snapshot-dir=s"], tmp_path))
@@ -438,6 +438,26 @@ def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, erro
     assert status == 1 and errors(err) == [f"error: cannot write to s: {said}"]
     assert err.count("exitcode  : 2 ") == 2
     assert "done" not in out and not [*(tmp_path / "s").glob("snapshot-*")]
+
+
+def test_what_is_saved_already_is_not_written_again(tmp_path):
+    """Stopped in an epoch's last step, a run that is resumed comes to the end of the epoch at once."""
+    flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--use-gpu=0", "--snapshot-dir=s"]
+    stops = after_a_step("self.global_step == 4 and os.kill(os.getpid(), signal.SIGTERM)")
+    # The vote that ranks begin in one step is read in the next: here, in the same one.
+    votes = (
+        "            stop = self.control.asked_to_stop()\n",
+        "            stop = signal.SIGTERM if self.global_step == 4 else 0\n",
+    )
+    root = planted(tmp_path / "root", STEP, votes, stops)
+    status, out, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
+    print(out, err)
+    path = tmp_path / "s" / "snapshot-00000004"
+    before = path.stat().st_ino
+    status, out, err = finish(start([*command(STEP, 2), *flags], tmp_path))
+    print(out, err)
+    assert status == 0 and "resumed from s: epoch 0, step 4\n" in out
+    assert path.stat().st_ino == before and [*(tmp_path / "s").iterdir()] == [path]
 
 
 def test_shards_of_another_model_are_not_loaded(tmp_path):
@@ -506,10 +526,10 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     shutil.copytree(path, unfinished)
     (unfinished / "state.pt").write_bytes(b"old")
     (unfinished / ".state.pt.tmp").write_bytes(b"half")
-    layout = state["layout"]
+    layout, checksums = state["layout"], state["checksums"]
     own = ("checksums", "layout", "metadata", "path")
     state = {key: value for key, value in state.items() if key not in own}
-    finished = sharded.finish(tmp_path, layout, state)
+    finished = sharded.finish(tmp_path, layout, checksums, state)
     print(sharded.read(finished)[0]["checksums"])
     assert sharded.read(finished)[1] == ""
 
@@ -589,18 +609,20 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
     path = snapshot.snapshots(folder, sharded=True)[0]
     (folder / "snapshot-00000001.pt").write_bytes(b"half")
     (folder / f"{path.name}.pt").touch()
-    for model, name in (("gpt", "snapshot-00000050"), ("resnet18", "snapshot-00000051")):
+    for names, name in ((None, "snapshot-00000050"), (["other"], "snapshot-00000051")):
         state, _ = snapshot.read(shutil.copytree(path, folder / name) / "state.pt")
-        state["flags"]["model"] = model  # there is no gpt, and this resnet18 has no weight that is one's
+        for group in state["param_groups"]:
+            group["param_names"] = names and names * len(group["params"])
+            if not names:  # of an optimizer that was built from model.parameters()
+                del group["param_names"]
         snapshot.write(folder / name / "state.pt", {**state, "checksum": None})
     for given, said in {
         folder: f"{folder} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…",
         folder / "snapshot-00000077": "is no snapshot: give",
         folder / "snapshot-00000001.pt": "snapshot-00000001.pt is damaged (",
         folder
-        / "snapshot-00000050": "snapshot-00000050 does not fit the model that it names (KeyError: 'gpt'; ",
-        folder
-        / "snapshot-00000051": "snapshot-00000051 does not fit the model that it names (KeyError: 'net.",
+        / "snapshot-00000050": "snapshot-00000050 cannot be converted: ValueError: its optimizer has no",
+        folder / "snapshot-00000051": "snapshot-00000051 cannot be converted: KeyError: 'net.",
         path: f"{path}.pt is there already: delete it first",
     }.items():
         status, out, err = convert(given, tmp_path)

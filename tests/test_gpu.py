@@ -346,7 +346,7 @@ def on_one_card(root, step, backend):
     refuses = ("    if local_world_size > gpus:\n", "    if False:\n")
     planted(root, "common/options.py", refuses, ("}:{local_rank}", "}:0"), steps=(step,))
     if backend == "gloo":  # which takes the tensors through the CPU
-        nccl = ("backend=dist.get_default_backend_for_device(device)", 'backend="gloo"')
+        nccl = ("backend=backends(device)", 'backend="gloo"')
         planted(root, step, nccl, ('device_id=device if device.type == "cuda" else None', "device_id=None"))
     return root
 

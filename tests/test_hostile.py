@@ -93,7 +93,7 @@ def save(folder, step):
     rest = {"param_groups": [{"lr": 0.1, "params": [0]}], "epoch": 0, "global_step": step, "samples_seen": 0}
     ARGS.snapshot_dir = folder
     state = snapshot.complete(ARGS, {**rest, "rng": [{"cpu": torch.get_rng_state()}]})
-    return sharded.finish(folder, writer.layout(), state)
+    return sharded.finish(folder, writer.layout(), writer.checksums, state)
 
 
 @pytest.fixture(scope="module")

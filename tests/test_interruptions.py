@@ -277,9 +277,9 @@ def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, disk, step):
 
 # Of each process group that a rank is in: its backend, and the seconds until another rank counts as lost.
 GROUPS = {
-    "02": [("gloo", 90), ("gloo", 120)],  # the vote is to be the first that gives up
-    "03": [("gloo", 90), ("gloo", 120)],
-    "04": [("gloo", 20), ("gloo", 40)],  # with --timeout=40
+    "02": [("cpu:gloo", 120), ("gloo", 90)],  # the vote is to be the first that gives up
+    "03": [("cpu:gloo", 120), ("gloo", 90)],
+    "04": [("cpu:gloo", 40), ("gloo", 20)],  # with --timeout=40
     "05": [("cpu:gloo", 77), ("gloo", 47), ("gloo", 77)],  # all; the vote; the saver's
     "05 --replicas=2": [*[("cpu:gloo", 77)] * 3, ("gloo", 47), ("gloo", 77)],  # and each row and column
 }

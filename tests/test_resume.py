@@ -162,11 +162,12 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
     """As when one of them reads a folder that is out of date."""
+    finds = "    paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)\n"
     root = planted(tmp_path / "root", step)
     planted(
         root,
         "common/snapshot.py",
-        ("    for path in paths:", "    for path in paths * (dist.get_rank() == 0):"),
+        (finds, finds + "    paths = paths * (dist.get_rank() == 0)\n"),
     )
     interrupted(whole, tmp_path, step)
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--use-gpu=0"]

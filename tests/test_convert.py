@@ -1,0 +1,66 @@
+"""A snapshot that is converted goes on as if it had not been, also with an optimizer of the reader's own.
+
+Promise: between step 05 and the others a run can be converted, in both directions, with any parameter groups.
+"""
+
+import sys
+
+import pytest
+from helpers import FOLDERS, SHARDED, finish, largest_difference, planted, start, train
+
+from common import snapshot
+
+OPTIMIZER = 'torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")'
+# Weight decay for matrices alone, as in most recipes, and in an order that is not the model's.
+GROUPS = """torch.optim.AdamW(
+        [
+            {"params": [(n, p) for n, p in model.named_parameters() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [(n, p) for n, p in reversed([*model.named_parameters()]) if p.ndim > 1], "lr": 0.003},
+        ],
+        lr=args.lr,
+        weight_decay=0.1,
+    )"""
+FLAGS = ["--num-samples=144", "--batch-size=12", "--precision=float64", "--use-gpu=0", "--lr=0.002"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A copy of steps 04 and 05 with two groups of parameters."""
+    folder = tmp_path_factory.mktemp("root")
+    for step in ("04", SHARDED):
+        planted(folder, step, (OPTIMIZER, GROUPS))
+    return folder
+
+
+def convert(root, path):
+    words = [sys.executable, str(root / FOLDERS[SHARDED] / "convert.py"), str(path)]
+    status, out, err = finish(start(words, path.parent))
+    print(out, err)
+    return status, err
+
+
+@pytest.mark.parametrize(("first", "then", "ranks"), [("04", SHARDED, 3), (SHARDED, "04", 2)])
+def test_with_two_groups_of_parameters_training_goes_on_as_it_would_have(root, tmp_path, first, then, ranks):
+    whole = train(then, ranks, tmp_path / "whole", *FLAGS, "--epochs=2", root=root)
+    train(first, ranks, tmp_path / "half", *FLAGS, "--epochs=1", root=root)
+    [path] = snapshot.snapshots(tmp_path / "half" / "snapshots", sharded=first == SHARDED)
+    assert convert(root, path) == (0, "")
+    run = train(then, ranks, tmp_path / "half", *FLAGS, "--epochs=2", root=root)
+    assert f"resumed from snapshots: epoch 1, step {snapshot.step_of(path)}\n" in run.out
+    difference = largest_difference(run.weights, whole.weights)
+    print(f"the weights differ by {difference:.2g}")
+    assert difference < 1e-12  # DDP and FSDP add up gradients in another order
+
+
+def test_an_optimizer_without_names_is_not_guessed_at(tmp_path):
+    root = planted(
+        tmp_path / "root", "04", ("model.named_parameters()", "model.parameters()"), steps=(SHARDED,)
+    )
+    train("04", 2, tmp_path, *FLAGS, "--epochs=1", root=root)
+    [path] = snapshot.snapshots(tmp_path / "snapshots")
+    status, err = convert(root, path)
+    said = (
+        "cannot be converted: ValueError: its optimizer has no names: build it from model.named_parameters()"
+    )
+    assert status == 2 and said in err
+    assert not path.with_suffix("").exists()

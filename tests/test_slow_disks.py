@@ -1,0 +1,90 @@
+"""Disks that are slower than a time-out: planted pauses stand for the size of what is saved and loaded.
+
+Promise: a save or a load that takes longer than `--timeout` ends no run, and no rank of step 05 reads or
+checks what another rank could.
+"""
+
+import re
+
+import pytest
+from helpers import SHARDED, command, finish, last_saved, planted, saved, start
+
+SECONDS = 5  # the time-out
+PAUSE = f"import time; time.sleep({SECONDS + 2})"
+FLAGS = ["--num-samples=144", "--batch-size=12", "--precision=float64", "--use-gpu=0", "--snapshot-dir=s"]
+
+
+def impatient(root, step):
+    """A copy of a step that waits for SECONDS, and the flags for it."""
+    if step < "04":
+        two_minutes = ("timedelta(minutes=2)", f"timedelta(seconds={SECONDS})")
+        return planted(root, step, two_minutes, ("Control()", f"Control({SECONDS})")), FLAGS
+    return planted(root, step), [*FLAGS, f"--timeout={SECONDS}"]
+
+
+def run(step, ranks, root, folder, *flags):
+    status, out, err = finish(start([*command(step, ranks, root), *flags], folder))
+    print(out, err[-3000:])
+    assert status == 0 and "done: " in out
+    return out
+
+
+@pytest.mark.parametrize(("step", "ranks"), [("02", 2), ("03", 3), ("04", 2)])
+def test_a_save_longer_than_the_timeout_ends_no_run(tmp_path, step, ranks):
+    root, flags = impatient(tmp_path / "root", step)
+    line = "            torch.save(state, checked)"
+    planted(root, "common/snapshot.py", (line, f"            {PAUSE}\n{line}"))
+    run(step, ranks, root, tmp_path, *flags, "--epochs=2")
+    assert len(saved(tmp_path / "s")) == 2
+
+
+SLOW = {  # lines of sharded.py, and the rank that is slow there
+    "            written = super().write_data(": 1,
+    "                    self.finish_on_rank_0(": 0,
+    "        state, problem = read_state(": 2,
+    "            return super().read_data(": 1,
+}
+
+
+def test_step_05_waits_for_a_slow_disk_wherever_it_uses_one(tmp_path):
+    root, flags = impatient(tmp_path / "root", SHARDED)
+    for line, rank in SLOW.items():
+        indent = re.match(" *", line)[0]
+        slowly = f"{indent}if dist.get_rank() == {rank}:\n{indent}    {PAUSE}\n{line}"
+        planted(root, "05_fsdp/sharded.py", (line, slowly))
+    run(SHARDED, 3, root, tmp_path, *flags, "--epochs=1")
+    out = run(SHARDED, 3, root, tmp_path, *flags, "--epochs=2")
+    assert "resumed from s: epoch 1, step 4\n" in out
+    assert last_saved(tmp_path / "s") == 8
+
+
+TELLS = "os.write(1, f'{os.path.basename(path)} checked by {dist.get_rank()}\\n'.encode())"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_each_rank_checks_its_own_files_and_a_part_of_those_it_finds(tmp_path, ranks):
+    opens = '    with open(path, "rb") as file:\n        return snapshot.checksum('
+    root = planted(tmp_path / "root", "05_fsdp/sharded.py", (opens, f"    {TELLS}\n{opens}"))
+    out = run(SHARDED, ranks, root, tmp_path, *FLAGS, "--epochs=1")
+    own = {f"__{rank}_0.distcp": str(rank) for rank in range(ranks)} | {".metadata": "0"}
+    assert sorted(re.findall(r"(\S+) checked by (\d)", out)) == sorted(own.items())
+    out = run(SHARDED, ranks, root, tmp_path, *FLAGS, "--epochs=2")
+    found = re.findall(r"(\S+) checked by (\d)", out.split("resumed from")[0])
+    print(found)
+    assert sorted(name for name, _ in found) == sorted(own)
+    assert {rank for _, rank in found} == set(own.values())
+
+
+def test_what_one_rank_finds_damaged_no_rank_loads(tmp_path):
+    """Each shard of the newest snapshot is another rank's to check."""
+    flags = [*FLAGS, "--save-every=2"]
+    run(SHARDED, 3, planted(tmp_path / "root", SHARDED), tmp_path, *flags, "--epochs=1")
+    assert sorted(saved(tmp_path / "s")) == [2, 4]
+    shard = tmp_path / "s" / "snapshot-00000004" / "__2_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    status, out, err = finish(start([*command(SHARDED, 3), *flags, "--epochs=1"], tmp_path))
+    print(out, err)
+    assert status == 0 and "resumed from s: epoch 0, step 2\n" in out
+    assert err.count("snapshot-00000004 is damaged (wrong checksum in __2_0.distcp)") == 1
