@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where `common` is
 
-from common.options import OneLineParser, count_gpus, fail, whole_number
+from common.options import OneLineParser, fail, whole_number
 
 ROOT = Path(__file__).resolve().parent
 STEPS = {path.parent.name[:2]: path for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
@@ -37,7 +37,7 @@ def accuracy_tolerance(precision: str, correct: int, total: int) -> float:
     """How far from step 01's accuracy, `correct / total`, that of another step may be.
 
     In float64 not at all. Otherwise three standard errors of the difference of two models with that
-    accuracy, each tested on its own `total` images: sqrt(2 p (1 - p) / n).
+    accuracy, each tested on its own `total` samples: sqrt(2 p (1 - p) / n).
     """
     p = correct / total
     return 0.0 if precision == "float64" else 3 * math.sqrt(2 * p * (1 - p) / total)
@@ -94,13 +94,13 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
     """
     from common.snapshot import read, snapshots
 
-    how, command = launcher(step, ranks)
-    print(f"\n--- {STEPS[step].parent.name}, {ranks} rank{'s' * (ranks > 1)}", flush=True)
-    own = ["--snapshot-dir", str(folder / "snapshots"), "--metrics", str(folder / "metrics.jsonl")]
+    launched, command = launcher(step, ranks)
+    print(f"\n--- {STEPS[step].parent.name}, {ranks} {'rank' if ranks == 1 else 'ranks'}", flush=True)
+    outputs = ["--snapshot-dir", str(folder / "snapshots"), "--metrics", str(folder / "metrics.jsonl")]
     # torchrun would give each rank one thread, step 02 gives it an equal share of the cores.
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    status = subprocess.run([*command, *flags, *own], env=environment).returncode
+    status = subprocess.run([*command, *flags, *outputs], env=environment).returncode
     if status != 0:
         print(f"{STEPS[step].parent.name} exited with status {status}", file=sys.stderr)
         sys.exit(2 if status == 2 else 1)
@@ -113,11 +113,11 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
     newest = snapshots(folder / "snapshots")[0]
     return {
         "step": STEPS[step].parent.name,
-        "launched": how,
+        "launched": launched,
         "ranks": ranks,
         "dataset": events[0]["dataset"],
         "device": events[0]["device"],
-        "images_per_s": events[-1]["images_per_s"],
+        "samples_per_s": events[-1]["samples_per_s"],
         "final_loss": test["loss"],
         "correct": test["correct"],
         "total": test["total"],
@@ -146,20 +146,20 @@ def compare(run: dict[str, Any], first: dict[str, Any], precision: str) -> list[
         problems.append(f"{name}: the loss of a step differs by {run['loss_difference']:.1e}")
     tolerance = accuracy_tolerance(precision, first["correct"], first["total"])
     if abs(run["correct"] - first["correct"]) > tolerance * first["total"]:
-        problems.append(f"{name}: {run['correct']} images right, step 01 {first['correct']}")
+        problems.append(f"{name}: {run['correct']} answers correct, step 01 {first['correct']}")
     return problems
 
 
 def table(runs: list[dict[str, Any]], precision: str) -> str:
     """One line per run; how far the weights are from step 01's only where that says something."""
-    rows = [["step", "launched", "ranks", "data set", "images/s", "final loss", "accuracy", "weights off by"]]
+    head = ["step", "launched", "ranks", "data set", "samples/s", "final loss", "accuracy", "weights off by"]
+    rows = [head]
     for run in runs:
-        accuracy = f"{run['correct'] / run['total']:.2%}"
-        rate, loss = f"{run['images_per_s']:,}", f"{run['final_loss']:.4f}"
-        off = f"{run['weight_difference']:.1e}" if run is not runs[0] else "–"
-        rows.append(
-            [run["step"], run["launched"], str(run["ranks"]), run["dataset"], rate, loss, accuracy, off]
-        )
+        row = [run["step"], run["launched"], str(run["ranks"]), run["dataset"]]
+        row += [f"{run['samples_per_s']:,}", f"{run['final_loss']:.4f}"]
+        row.append(f"{run['correct'] / run['total']:.2%}")
+        row.append(f"{run['weight_difference']:.1e}" if run is not runs[0] else "–")
+        rows.append(row)
     if precision != "float64":
         rows = [row[:-1] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -188,24 +188,22 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     colors = plt.get_cmap("viridis")([i / max(1, len(runs)) for i in range(len(runs))])
     labels = [f"{run['step'][:2]} {run['launched']}, {run['ranks']}×" for run in runs]
     window = max(1, len(runs[0]["losses"]) // 80)  # single steps are too noisy to look at
-    for i, (run, color, label) in enumerate(zip(runs, colors, labels, strict=True)):
+    for number, (run, color, label) in enumerate(zip(runs, colors, labels, strict=True)):
         # From wide to narrow: a curve that lies on another leaves the rim of the one below in sight.
-        width = 1.5 + 7 * (1 - i / max(1, len(runs) - 1))
-        means = [
-            statistics.mean(run["losses"][at : at + window]) for at in range(0, len(run["losses"]), window)
-        ]
-        steps = [window * (at + 0.5) for at in range(len(means))]
+        width = 1.5 + 7 * (1 - number / max(1, len(runs) - 1))
+        losses = run["losses"]
+        means = [statistics.mean(losses[i : i + window]) for i in range(0, len(losses), window)]
+        steps = [window * (i + 0.5) for i in range(len(means))]
         curves.plot(steps, means, color=color, linewidth=width, label=label, solid_joinstyle="round")
-    curves.set(
-        yscale="log", xlabel="step", ylabel="training loss" + f", mean of {window} steps" * (window > 1)
-    )
+    ylabel = "training loss" if window == 1 else f"training loss, mean of {window} steps"
+    curves.set(yscale="log", xlabel="step", ylabel=ylabel)
     curves.set_title("The loss curves, on one another", loc="left")
     curves.legend(frameon=False)
-    bars = speeds.barh(labels, [run["images_per_s"] for run in runs], color=colors)
+    bars = speeds.barh(labels, [run["samples_per_s"] for run in runs], color=colors)
     speeds.bar_label(bars, fmt="{:,.0f}", padding=3)
     speeds.invert_yaxis()
     speeds.margins(x=0.2)
-    speeds.set_title(f"Images/s, {runs[0]['device'].upper()}", loc="left")
+    speeds.set_title(f"Samples/s, {runs[0]['device'].upper()}", loc="left")
     for axes in (curves, speeds):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -213,9 +211,13 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     args, rest = parse_args()
-    import torch
+    import torch  # takes a second, and a bad flag is told before
 
-    use_gpu = args.use_gpu if args.use_gpu is not None else int(count_gpus() >= max(args.ranks))
+    from common.device import count_gpus
+
+    use_gpu = args.use_gpu
+    if use_gpu is None:
+        use_gpu = int(count_gpus() >= max(args.ranks))
     shared = [*rest, f"--precision={args.precision}", f"--use-gpu={use_gpu}"]
     plan = [(step, ranks) for step in args.steps for ranks in ([1] if step == "01" else args.ranks)]
     runs = []

@@ -16,7 +16,7 @@ usage: ./launch_multinode.sh [--check | --run | --local N] [OPTIONS] [-- TRAININ
 Trains on several machines ("nodes") at once: every node runs torchrun, which starts that node's ranks.
 
   (unless told otherwise)   print, for each node, the commands to type there, and what has to be in place
-  --check                   look at every node over SSH: is it ready? A table, and how to mend what is not
+  --check                   look at every node over SSH: is it ready? A table, and how to fix what is not
   --run                     start all nodes over SSH; when one fails, or on Ctrl-C, all of them stop
   --local N                 N "nodes" on this machine, on its CPU: a rehearsal that needs nothing
 
@@ -328,7 +328,7 @@ check() {
             fi
             local good=yes
             [ "$(same $k commit)$(same $k files)" = yesyes ] || good=""
-            cell $k "$(said $k commit)" 18 "$good" "its code is not $first's ($(said 0 commit)): git pull, or copy the folder anew"
+            cell $k "$(said $k commit)" 18 "$good" "its code is not $first's ($(said 0 commit)): git pull, or copy the folder again"
             if ((k == 0)); then
                 good="port $port is taken there: end what listens (ss -tlnp), or choose another --port"
             else
@@ -337,7 +337,7 @@ check() {
             cell $k "$(said $k port)" 7 "$([ -n "$(said $k port)" ] && echo yes)" "$good"
             case $(said $k interface) in
             "") cell $k none 10 "" "$(grep -m 1 ^error: "$scratch/errors.$k" || echo "no interface $interface"); see --interface" ;;
-            lo) cell $k lo 10 "" "the other node's name leads to this node itself: mend /etc/hosts" ;;
+            lo) cell $k lo 10 "" "the other node's name leads to this node itself: fix /etc/hosts" ;;
             *) cell $k "$(said $k interface)" 10 yes ;;
             esac
             cell $k "$(said $k data)" 5 "$([ -n "$(said $k data)" ] && echo yes)" "no MNIST in $data_dir: copy it there, or let the first run download it (if this node has internet)"
@@ -357,8 +357,8 @@ fi
 
 # --- start
 
-# torchrun gets SIGTERM when standard input ends: it passes it on to its ranks, which save and leave, and
-# kills those that have not after 30 seconds. Whatever is left in the end, or after a minute, is killed here:
+# torchrun gets SIGTERM when standard input ends: it passes it on to its ranks, which save and exit, and
+# kills those that have not after 30 seconds. What is left in the end, or after a minute, is killed here:
 # a torchrun that hangs, or ranks whose torchrun was killed. Nothing but their notes leads to those: a rank
 # has a process group of its own, and loses its parent.
 watched() { # SCRIPT

@@ -9,116 +9,155 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
 
-from common import snapshot
-from common.mnist import fast, load_mnist
-from common.models import build_model, model_name, set_learning_rate
-from common.options import make_parser, name_run, pick_device
-from common.ranks import Control
+from common.device import setup_device
+from common.loading import loader_options, to_device
+from common.mnist import load_mnist
+from common.models import build_model
+from common.options import make_parser
 from common.reporting import Reporter
+from common.run import Run, name_of
+from common.sampler import ResumableSampler, ShuffledSampler
+from common.schedule import Schedule
+from common.snapshot import SnapshotFolder, keep_kernels, restore_rng, rng_states
+from common.stopping import GracefulStop
 
 
 class Trainer:
-    def __init__(self, args, device, model, optimizer, train_data, test_data):
-        self.args, self.device = args, device
-        self.model, self.optimizer = model, optimizer
-        self.train_data, self.test_data = train_data, test_data
-        self.rest, self.fast = [], fast(args, device)
-        self.loader = DataLoader(  # of the list `rest`, which each epoch fills anew, in place
-            train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
+    def __init__(self, args, device, model, optimizer, train_data, test_data, snapshots, report):
+        self.args = args
+        self.device = device
+        self.model = model
+        self.optimizer = optimizer
+        self.snapshots = snapshots
+        self.report = report
+        self.report.start(train_data, args.epochs, args.batch_size, vars(args))
+        options = loader_options(args.num_workers, device)
+        self.sampler = ResumableSampler(ShuffledSampler(train_data, seed=args.seed))
+        self.train_loader = DataLoader(
+            train_data, args.batch_size, sampler=self.sampler, drop_last=True, **options
         )
-        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
-        self.report = Reporter(args, device, len(train_data))
-        self.epoch = self.samples_seen = self.global_step = 0
+        self.test_loader = DataLoader(test_data, args.eval_batch_size, **options)
+        use_bf16 = args.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+        self.schedule = Schedule(optimizer, args.schedule)
+        self.epoch = 0
+        self.samples_seen = 0  # in this epoch
+        self.global_step = 0
 
     def train(self):
         self.load_snapshot()
-        self.control = Control()  # from here on, SIGTERM and Ctrl-C mean: save, then leave
+        self.stop = GracefulStop()  # from here on, SIGTERM and Ctrl-C mean: save, then exit
+        if self.global_step > 0 and self.samples_seen == 0:
+            self.evaluate()  # the run may have ended between an epoch's snapshot and its evaluation
         while self.epoch < self.args.epochs:
             self.run_epoch()
-            self.evaluate()
             self.save_snapshot()
+            self.evaluate()
         self.report.end(self.global_step)
 
     def run_epoch(self):
-        # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
-        generator = torch.Generator().manual_seed(self.args.seed + self.epoch)
-        self.rest[:] = [*RandomSampler(self.train_data, generator=generator)][self.samples_seen :]
+        # Seed and epoch alone decide the order, so a resumed run continues where it stopped.
+        self.sampler.set_epoch(self.epoch, start=self.samples_seen)
         losses = []
         self.model.train()
-        for batch in self.report.progress(self.loader, self.epoch):
+        for batch in self.report.progress(self.train_loader, self.epoch, self.samples_seen):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size
             self.global_step += 1
-            stop = self.control.asked_to_stop()
-            if stop or self.report.is_due():
+            stopping = self.stop.requested()
+            if stopping or self.report.is_due():
                 self.report.train(self.epoch, self.global_step, torch.stack(losses).tolist())
                 losses = []
-            if stop or self.report.save_is_due(self.global_step):
+            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
                 self.save_snapshot()
-            if stop:
-                self.control.leave(stop, self.report, self.global_step)
-        self.epoch, self.samples_seen = self.epoch + 1, 0
+            if stopping:
+                self.stop.exit(self.report, self.global_step)
+        self.epoch += 1
+        self.samples_seen = 0
 
     def run_batch(self, batch):
-        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
+        targets = max(1, self.count_targets(batch))
+        batch = to_device(batch, self.device)
+        seen = self.samples_seen / len(self.train_loader.dataset)
+        self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
         with self.autocast:
-            loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            loss = self.loss(batch) / targets
         loss.backward()
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
 
-    def loss(self, images, labels):
-        return F.cross_entropy(self.model(images), labels, label_smoothing=self.args.smoothing)
+    def count_targets(self, batch):
+        _, labels = batch
+        return labels.numel()
 
-    def score(self, images, labels):  # of each image: its loss, and whether the answer is right
-        outputs = self.model(images)
-        return F.cross_entropy(outputs, labels, reduction="none"), outputs.argmax(dim=1) == labels
+    def loss(self, batch):
+        images, labels = batch
+        logits = self.model(images)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def per_sample_metrics(self, batch):
+        images, labels = batch
+        logits = self.model(images)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        correct = logits.argmax(dim=1) == labels
+        return losses, correct, torch.ones_like(labels)
 
     @torch.no_grad()
     def evaluate(self):
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
         self.model.eval()
-        for batch in DataLoader(self.test_data, batch_size=1000, **self.fast):
+        for batch in self.test_loader:
+            batch = to_device(batch, self.device)
             with self.autocast:
-                losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
-            totals[0] += losses.sum()
-            totals[1] += right.sum()
-            totals[2] += right.numel()
+                losses, correct, counted = self.per_sample_metrics(batch)
+            totals += torch.stack([losses.sum(), correct.sum(), counted.sum()])
+            if self.stop.requested():
+                self.stop.exit(self.report, self.global_step)
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
+        rng = rng_states(self.device)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": snapshot.rng_states(self.device),
+            "rng": rng,
         }
-        snapshot.save(self.args, **state)
+        self.snapshots.save(**state)
 
     def load_snapshot(self):
-        state = snapshot.load_newest(self.args)
+        state = self.snapshots.load_newest()
         if state is None:
             return
-        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
+        restore_rng(state, self.device, self.train_loader.generator, self.report)
         self.model.load_state_dict(state["model"])
+        keep_kernels(state["optimizer"]["param_groups"], self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.reset()  # to the learning rates of this run's flags
+        self.epoch = state["epoch"]
+        self.samples_seen = state["samples_seen"]
+        self.global_step = state["global_step"]
 
 
 def main(args):
-    device = pick_device(args.use_gpu)
+    device = setup_device(args.use_gpu)
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    name_run(args, model_name(args), train_data.name, train_data.fallback)
-    model = build_model(args).to(device)
+    model = build_model(args.model, args.precision, args.vit_width, args.vit_depth).to(device)
+    if args.compile:
+        model.compile()  # in place, so that the names of its parameters stay as they are
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
-    Trainer(args, device, model, optimizer, train_data, test_data).train()
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose)
+    report = Reporter(run, device, args.metrics, args.profile, args.verbose)
+    Trainer(args, device, model, optimizer, train_data, test_data, snapshots, report).train()
 
 
 def parse_args():

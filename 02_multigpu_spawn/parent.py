@@ -1,4 +1,4 @@
-"""What the process does that has started the ranks: it waits, and hands on the signals that it gets."""
+"""The parent of the ranks: it waits for them, and forwards the signals that it gets."""
 
 import os
 import signal
@@ -8,15 +8,17 @@ import torch.multiprocessing as mp
 
 
 def join(context):
-    """In the parent of `mp.spawn(…, join=False)`: hand signals on to the ranks, and end as they do."""
+    """In the parent of `mp.spawn(…, join=False)`: forward signals to the ranks, and end as they do."""
+    received = []
 
-    def hand_on(number, frame):
+    def forward(number, frame):
+        received.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hand_on)
+        signal.signal(number, forward)
     try:
         while not context.join():
             pass
@@ -24,3 +26,5 @@ def join(context):
         if error.exit_code < 0:  # it was killed
             raise
         sys.exit(error.exit_code)  # the rank has said why
+    if received:  # before the ranks were ready to save: torch lets a rank end with 0 after a Ctrl-C
+        sys.exit(128 + received[0])

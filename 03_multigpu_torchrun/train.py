@@ -4,6 +4,7 @@ $ torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py    # MN
 $ torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py --num-samples 10240
 """
 
+import math
 import os
 import sys
 from datetime import timedelta
@@ -18,148 +19,204 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
 
-from common import snapshot
-from common.mnist import fast, load_mnist
-from common.models import build_model, model_name, set_learning_rate
-from common.options import make_parser, name_run, pick_device
-from common.process_group import backends, others_wait
-from common.ranks import Control, arrange_buckets, let_go, meeting
+from common.buckets import fix_bucket_order
+from common.device import setup_device
+from common.loading import loader_options, to_device
+from common.mnist import load_mnist
+from common.models import build_model
+from common.options import make_parser
+from common.process_group import backends, keep_alive, release_process_group, rendezvous_errors
 from common.reporting import Reporter
+from common.run import Run, name_of
+from common.sampler import ResumableSampler
+from common.schedule import Schedule
+from common.snapshot import SnapshotFolder, keep_kernels, restore_rng, rng_states
+from common.stopping import GracefulStop
 
 
 @record  # so that torchrun shows the error of a rank that fails
 def worker(args):
-    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
+    device = setup_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
-    with meeting():  # ends with one line if some of the ranks do not come
-        dist.init_process_group(  # address, rank and world size: torchrun's variables say them
+    with rendezvous_errors():  # one line if some of the ranks do not come
+        dist.init_process_group(  # torchrun's environment variables have address and rank
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
-            timeout=timedelta(minutes=2),  # until a rank counts as lost; the default is 10 or 30
+            timeout=timedelta(seconds=args.timeout),  # a rank that is silent for longer is lost
             device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)
     finally:
-        let_go()  # frees what uses the group, the model too; after an error, ends it at once
+        release_process_group()  # frees the model, which uses it; after an error, ends it at once
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Trainer:
-    def __init__(self, args, device, model, optimizer, train_data, test_data):
-        self.args, self.device = args, device
-        self.model, self.optimizer = model, optimizer
-        self.ddp_model = DDP(model)  # sends rank 0's weights to all
-        self.train_data, self.test_data = train_data, test_data
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.rest, self.fast = [], fast(args, device)
-        self.loader = DataLoader(  # of the list `rest`, which each epoch fills anew, in place
-            train_data, args.batch_size, sampler=self.rest, drop_last=True, **self.fast
+    def __init__(self, args, device, model, optimizer, train_data, test_data, snapshots, report):
+        self.args = args
+        self.device = device
+        self.model = model
+        # Sends rank 0's weights to all. The gradients are views of its buckets, not copies.
+        self.ddp_model = DDP(model, gradient_as_bucket_view=True)
+        self.optimizer = optimizer
+        self.snapshots = snapshots
+        self.report = report
+        self.report.start(train_data, args.epochs, args.batch_size, vars(args))
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        options = loader_options(args.num_workers, device)
+        train_sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.sampler = ResumableSampler(train_sampler)
+        self.train_loader = DataLoader(
+            train_data, args.batch_size, sampler=self.sampler, drop_last=True, **options
         )
-        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
-        self.report = Reporter(args, device, len(train_data))
-        self.epoch = self.samples_seen = self.global_step = 0
+        sampler = DistributedSampler(test_data, shuffle=False)
+        self.test_loader = DataLoader(test_data, args.eval_batch_size, sampler=sampler, **options)
+        use_bf16 = args.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+        self.schedule = Schedule(optimizer, args.schedule)
+        self.epoch = 0
+        self.samples_seen = 0  # in this epoch
+        self.global_step = 0
 
     def train(self):
+        # DDP's first backward pass decides in which order it adds: the same in a resumed run.
+        fix_bucket_order(self.model, self.loss, self.autocast, self.train_loader, self.device)
         self.load_snapshot()
-        arrange_buckets(self)  # now, or a resumed run would add gradients in another order
-        self.control = Control()  # from here on, SIGTERM and Ctrl-C mean: save, then leave
+        # From here on, SIGTERM and Ctrl-C mean: save, then exit.
+        self.stop = GracefulStop(self.args.timeout)
+        if self.global_step > 0 and self.samples_seen == 0:
+            self.evaluate()  # the run may have ended between an epoch's snapshot and its evaluation
         while self.epoch < self.args.epochs:
             self.run_epoch()
-            self.evaluate()
             self.save_snapshot()
+            self.evaluate()
         self.report.end(self.global_step)
 
     def run_epoch(self):
-        # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
-        self.sampler.set_epoch(self.epoch)
-        self.rest[:] = [*self.sampler][self.samples_seen // self.world_size :]
+        # Seed and epoch alone decide the order, so a resumed run continues where it stopped.
+        self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        for batch in self.report.progress(self.loader, self.epoch):
+        for batch in self.report.progress(self.train_loader, self.epoch, self.samples_seen):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size * self.world_size
             self.global_step += 1
-            stop = self.control.asked_to_stop()
-            if stop or self.report.is_due():
+            stopping = self.stop.requested()
+            if stopping or self.report.is_due():
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or self.report.save_is_due(self.global_step):
+            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
                 self.save_snapshot()
-            if stop:
-                self.control.leave(stop, self.report, self.global_step)
-        self.epoch, self.samples_seen = self.epoch + 1, 0
+            if stopping:
+                self.stop.exit(self.report, self.global_step)
+        self.epoch += 1
+        self.samples_seen = 0
 
     def run_batch(self, batch):
-        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
+        # DDP averages over the ranks, which may have different numbers of targets. Divided by the
+        # number of an average rank, the loss becomes the mean over the targets of all ranks.
+        targets = torch.full((), self.count_targets(batch), dtype=torch.float64, device=self.device)
+        dist.all_reduce(targets)
+        targets = targets.clamp(min=1) / self.world_size
+        batch = to_device(batch, self.device)
+        seen = self.samples_seen / len(self.train_loader.dataset)
+        self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
         with self.autocast:
-            loss = self.loss(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+            loss = self.loss(batch) / targets
         loss.backward()  # in here, DDP averages the gradients of all ranks
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
 
-    def loss(self, images, labels):
-        return F.cross_entropy(self.ddp_model(images), labels, label_smoothing=self.args.smoothing)
+    def count_targets(self, batch):
+        _, labels = batch
+        return labels.numel()
 
-    def score(self, images, labels):  # of each image: its loss, and whether the answer is right
-        outputs = self.model(images)
-        return F.cross_entropy(outputs, labels, reduction="none"), outputs.argmax(dim=1) == labels
+    def loss(self, batch):
+        images, labels = batch
+        logits = self.ddp_model(images)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def per_sample_metrics(self, batch):
+        images, labels = batch
+        logits = self.model(images)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        correct = logits.argmax(dim=1) == labels
+        return losses, correct, torch.ones_like(labels)
 
     @torch.no_grad()
     def evaluate(self):
-        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
+        # DistributedSampler repeats samples, so that all ranks have the same number: not counted.
+        remaining = math.ceil((len(self.test_loader.dataset) - self.rank) / self.world_size)
         self.model.eval()
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: test rank 0's
-        for batch in DataLoader(self.test_data, batch_size=1000, sampler=part, **self.fast):
+        self.share_buffers()
+        for batch in self.test_loader:
+            batch = to_device(batch, self.device)
             with self.autocast:
-                losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
-            totals[0] += losses.sum()
-            totals[1] += right.sum()
-            totals[2] += right.numel()
+                metrics = self.per_sample_metrics(batch)
+            totals += torch.stack([metric[:remaining].sum() for metric in metrics])
+            remaining = max(0, remaining - self.args.eval_batch_size)
+            if self.stop.requested():
+                self.stop.exit(self.report, self.global_step)
         dist.all_reduce(totals)
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
+    def share_buffers(self):
+        for buffer in self.model.buffers():
+            dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: keep rank 0's
+
     def save_snapshot(self):
+        self.share_buffers()
+        rng = rng_states(self.device)  # of all ranks
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": snapshot.rng_states(self.device),
+            "rng": rng,
         }
-        with others_wait():  # a save may take longer than a collective may
-            if self.rank == 0:  # all ranks hold the same weights
-                snapshot.save(self.args, **state)
+        with keep_alive():  # a save may take longer than a collective may
+            if self.rank == 0:  # all ranks have the same weights
+                self.snapshots.save(**state)
 
     def load_snapshot(self):
-        state = snapshot.load_newest(self.args)
+        state = self.snapshots.load_newest()
         if state is None:
             return
-        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
+        restore_rng(state, self.device, self.train_loader.generator, self.report)
         self.model.load_state_dict(state["model"])
+        keep_kernels(state["optimizer"]["param_groups"], self.optimizer)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.reset()  # to the learning rates of this run's flags
+        self.epoch = state["epoch"]
+        # The number of ranks may have changed: round up to a multiple of it.
+        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.global_step = state["global_step"]
 
 
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    name_run(args, model_name(args), train_data.name, train_data.fallback)
-    model = build_model(args).to(device)
+    model = build_model(args.model, args.precision, args.vit_width, args.vit_depth).to(device)
+    if args.compile:
+        model.compile()  # in place, so that the names of its parameters stay as they are
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
-    Trainer(args, device, model, optimizer, train_data, test_data).train()
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose)
+    report = Reporter(run, device, args.metrics, args.profile, args.verbose)
+    Trainer(args, device, model, optimizer, train_data, test_data, snapshots, report).train()
 
 
 def parse_args():
-    return make_parser(__file__, __doc__, torchrun=True).parse_args()
+    return make_parser(__file__, __doc__, launcher="torchrun").parse_args()
 
 
 if __name__ == "__main__":

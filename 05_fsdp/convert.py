@@ -48,16 +48,18 @@ def gather(state):
     with sharded.reader(state) as reader:
         dcp.load(tensors, storage_reader=reader)
     numbers = {name: number for number, name in parameter_names(state["param_groups"]).items()}
-    own = ("checksum", "checksums", "layout", "metadata", "param_groups", "path", "writer")
-    plain = {key: value for key, value in state.items() if key not in own}
-    plain["model"], slots = {}, {number: {} for number in numbers.values()}
+    weights = {}
+    slots = {number: {} for number in numbers.values()}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         if part == "model":
-            plain["model"][name] = tensor
+            weights[name] = tensor
         else:
             name, _, slot = name.rpartition(".")
             slots[numbers[name]][slot] = tensor
+    only_sharded = ("checksum", "checksums", "layout", "metadata", "param_groups", "path", "writer")
+    plain = {key: value for key, value in state.items() if key not in only_sharded}
+    plain["model"] = weights
     plain["optimizer"] = {"state": slots, "param_groups": state["param_groups"]}
     return plain
 

@@ -10,7 +10,10 @@ class MemoryReport:
     """Prints the table, and again after the first step, when gradients and optimizer state are there."""
 
     def __init__(self, model, optimizer, device, report):
-        self.model, self.optimizer, self.device, self.report = model, optimizer, device, report
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.report = report
         self.gathered = 0
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.hooks = [unit.register_forward_pre_hook(self.count_gathered) for unit in units]
@@ -30,7 +33,12 @@ class MemoryReport:
         """Print the table; all ranks must call it."""
         parameters = list(self.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        slots = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        slots = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ]
         kinds = (parameters, gradients, slots)
         whole = [sum(t.nbytes for t in kind) for kind in kinds]
         local = [[t.to_local() if isinstance(t, DTensor) else t for t in kind] for kind in kinds]

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from common import snapshot
 from common.options import fail
-from common.process_group import others_wait
+from common.process_group import gather_objects, keep_alive
 
 STATE = "state.pt"  # all that is not a shard, the layout of the shards, and their checksums
 METADATA = ".metadata"  # torch's
@@ -39,7 +39,7 @@ DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtyp
 
 # What resuming relies on. Whoever makes a file can put anything there.
 KINDS = dict.fromkeys(("seed", "epoch", "samples_seen", "global_step"), int)
-KINDS |= {"run": str, "precision": str, "flags": dict, "checksums": dict, "layout": dict}
+KINDS |= {"run": str, "precision": str, "checksums": dict, "layout": dict}
 KINDS |= {"rng": list, "param_groups": list}
 
 
@@ -56,15 +56,13 @@ def read(path):
     state's `path` says where they are, its `metadata` which part of which tensor each of them holds: `reader`
     goes by it.
     """
-    with others_wait():
+    with keep_alive():
         state, problem = read_state(path)
         if not problem and state["format"] == snapshot.FORMAT:
             problem = check_shards(path, state["checksums"]) or add_metadata(path, state)
     if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next(filter(None, problems), "")
-    return (state, "") if not problem else ({}, problem)
+        problem = next(filter(None, gather_objects(problem)), "")
+    return ({}, problem) if problem else (state, "")
 
 
 def read_state(path):
@@ -75,18 +73,19 @@ def read_state(path):
     if problem:
         return {}, problem
     if state["format"] != snapshot.FORMAT:
-        return state, ""  # whoever wants to go on from it will see that
+        return state, ""  # SnapshotFolder.load_newest and convert.py say so
     for name, kind in KINDS.items():
         if not isinstance(state.get(name), kind):
             return {}, f"{STATE} is not from a sharded snapshot: {name} is missing, or not a {kind.__name__}"
-    if not all(isinstance(each, dict) for each in state["rng"] + state["param_groups"]):
+    if not all(isinstance(entry, dict) for entry in state["rng"] + state["param_groups"]):
         return {}, f"{STATE}: rng or param_groups holds something that is not a dict"
-    there = {file.name for file in path.iterdir() if file.is_file()}
-    for name in sorted({file.name for file in path.iterdir()} - {STATE, *state["checksums"]}):
-        return {}, f"{name} does not belong here"
-    for name in state["checksums"]:
-        if name not in there:
-            return {}, f"{name} is missing"
+    expected = {STATE, *state["checksums"]}
+    unexpected = {entry.name for entry in path.iterdir()} - expected
+    if unexpected:
+        return {}, f"{min(unexpected)} does not belong here"
+    missing = expected - {entry.name for entry in path.iterdir() if entry.is_file()}
+    if missing:
+        return {}, f"{min(missing)} is missing"
     return state, ""
 
 
@@ -162,7 +161,7 @@ class Reader(dcp.FileSystemReader):
         self.metadata = state["metadata"]
 
     def read_data(self, plan, planner):
-        with others_wait():  # a rank may have more to read than another, or a slower way to the disk
+        with keep_alive():  # a rank may have more to read than another, or a slower way to the disk
             return super().read_data(plan, planner)
 
     def read_metadata(self):  # no arguments: dcp.load then looks for no other file, `__0.metadata`
@@ -176,8 +175,18 @@ def reader(state):
         with snapshot.only_tensors():
             yield Reader(state)
     except dcp.CheckpointException as error:  # the same on all ranks
-        what = f"{state['path']} ({snapshot.written_by(state)}) cannot be loaded: {reason_of(error)}"
-        fail(f"{what}; delete it to go on from the one before")
+        problem = f"cannot be loaded ({snapshot.written_by(state)}): {reason_of(error)}"
+        fail(f"{state['path']} {problem}; to resume from the one before, move it away")
+
+
+def load_groups(groups, saved_groups):
+    """Give the optimizer's `groups` what a snapshot has of them, as `load_state_dict` does elsewhere.
+
+    What a group computes with, `fused` and `foreach`, stays as the optimizer was built.
+    """
+    for group, saved in zip(groups, saved_groups, strict=True):
+        own = {"params", "param_names", "fused", "foreach"}
+        group.update({name: value for name, value in saved.items() if name not in own})
 
 
 def reason_of(error):
@@ -195,7 +204,7 @@ class Writer(dcp.FileSystemWriter):
         self.checksums = {}  # of this rank's files, by name
 
     def write_data(self, plan, planner):  # torch calls it on every rank
-        with others_wait(self.group):
+        with keep_alive(self.group):
             written = super().write_data(plan, planner)
             for name in {result.storage_data.relative_path for result in written.value()}:
                 self.checksums[name] = checksum(self.path / name)
@@ -218,9 +227,14 @@ class Writer(dcp.FileSystemWriter):
                 raise TypeError(f"only tensors can be in shards, and {name} is not one")
             parts = []
             for chunk in tensor.chunks:
-                place = self.places[MetadataIndex(name, chunk.offsets)]
-                part = {"offsets": list(chunk.offsets), "sizes": list(chunk.sizes)}
-                part |= {"file": place.relative_path, "start": place.offset, "bytes": place.length}
+                storage = self.places[MetadataIndex(name, chunk.offsets)]
+                part = {
+                    "offsets": list(chunk.offsets),
+                    "sizes": list(chunk.sizes),
+                    "file": storage.relative_path,
+                    "start": storage.offset,
+                    "bytes": storage.length,
+                }
                 parts.append(part)
             dtype = str(tensor.properties.dtype)
             layout[name] = {"dtype": dtype, "size": list(tensor.size), "parts": parts}
@@ -239,7 +253,7 @@ def finish(folder, layout, checksums, state):
         folder: the snapshots' folder.
         layout: what the writer's `layout()` returned.
         checksums: of all files that the writers have written, by name.
-        state: what snapshot.complete returned when the shards were copied.
+        state: all that is not in the shards.
 
     Returns the snapshot's path. Raises OSError, and TypeError if it could not be read again; the snapshots
     before it are untouched then.
@@ -257,7 +271,7 @@ def finish(folder, layout, checksums, state):
     return path
 
 
-def sweep(folder):
+def delete_old(folder):
     """Delete all sharded snapshots but the newest three, and unfinished ones. Raises OSError."""
     for old in [*snapshot.snapshots(folder, True)[snapshot.KEEP :], *folder.glob(".snapshot-*.tmp")]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -271,13 +285,17 @@ def free_on(folder):
 
 
 class Saver:
-    """Finishes snapshots in a thread while training goes on; the end of its `with` waits for the last."""
+    """Finishes snapshots in a thread while training continues; the end of its `with` waits for the last.
 
-    def __init__(self, args):
-        self.args, self.folder, self.saving = args, args.snapshot_dir, None
+    `snapshots` is the folder for them. A collective of the thread may take `timeout` seconds.
+    """
+
+    def __init__(self, snapshots, timeout):
+        self.snapshots = snapshots
+        self.saving = None
         self.newest = None  # the global step of the snapshot that this run has loaded, or saved last
         # A group of its own: two threads must not talk over one.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def __enter__(self):
         self.thread = ThreadPoolExecutor(1)
@@ -286,38 +304,45 @@ class Saver:
     def __exit__(self, *error):
         self.thread.shutdown()
 
+    def writer(self, global_step):
+        """For `dcp.async_save`: it writes the shards of the snapshot of a step."""
+        return Writer(self.snapshots.path, global_step, self.group)
+
     def finish(self, writing, writer, state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""
         self.newest = state["global_step"]
-        state = snapshot.complete(self.args, state)
+        state = {**state, **self.snapshots.identity}
         self.saving = self.thread.submit(self.finish_now, writing, writer, state)
 
     def finish_now(self, writing, writer, state):
-        problem = [None]
+        """What the thread does. Returns what went wrong, the same on all ranks, or None."""
+        folder = self.snapshots.path
+        problem = None
         try:
             writing.result()
             checksums = [None] * dist.get_world_size()
             dist.all_gather_object(checksums, writer.checksums, group=self.group)
-            with others_wait(self.group):
+            with keep_alive(self.group):
                 if dist.get_rank() == 0:
-                    self.finish_on_rank_0(writer.layout(), dict(ChainMap(*checksums)), state)
+                    path = finish(folder, writer.layout(), dict(ChainMap(*checksums)), state)
+                    delete_old(folder)
+                    if self.snapshots.verbose:
+                        print(f"[rank 0] saved {path}")
         except dcp.CheckpointException as error:  # the same on all ranks
-            what = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
-            problem = [f"{what}{free_on(self.folder)}; {snapshot.REMEDY}"]
+            reason = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
+            problem = f"{reason}{free_on(folder)}; {snapshot.REMEDY}"
         except OSError as error:
-            problem = [f"cannot write to {self.folder}: {error.strerror}; {snapshot.REMEDY}"]
+            problem = f"cannot write to {folder}: {error.strerror}; {snapshot.REMEDY}"
         except Exception as error:  # or the other ranks would wait for an answer until they time out
-            problem = [f"cannot write to {self.folder}: {error}"]
-        dist.broadcast_object_list(problem, src=0, group=self.group)
-        return problem[0]
-
-    def finish_on_rank_0(self, layout, checksums, state):
-        path = finish(self.folder, layout, checksums, state)
-        sweep(self.folder)
-        if self.args.verbose:
-            print(f"[rank 0] saved {path}")
+            problem = f"cannot write to {folder}: {error}"
+        answer = [problem]
+        dist.broadcast_object_list(answer, src=0, group=self.group)
+        return answer[0]
 
     def wait(self):
-        """For the snapshot that is being written; `fail`s, on all ranks, if that did not succeed."""
-        if self.saving and (problem := self.saving.result()):
+        """Wait for the snapshot that is being written; `fail`, on all ranks, if that did not succeed."""
+        if self.saving is None:
+            return
+        problem = self.saving.result()
+        if problem:
             fail(problem)

@@ -3,7 +3,7 @@
 $ torchrun --standalone --nproc-per-node=2 05_fsdp/train.py                # on GPUs
 $ torchrun --standalone --nproc-per-node=2 05_fsdp/train.py --use-gpu 0    # CPUs, for practice
 
-A model big enough to see the bytes of each rank fall with every rank more:
+A model so big that each rank holds visibly less when there are more ranks:
 
 $ torchrun --standalone --nproc-per-node=2 05_fsdp/train.py --use-gpu 0 --num-samples 64 \\
         --batch-size 8 --epochs 1 --model vit --vit-width 768 --vit-depth 12
@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,41 +28,46 @@ from torch.utils.data import DataLoader, DistributedSampler
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # and this folder, where `sharded` is
 
+import fsdp_options
 import sharded
-import switches
-from common import snapshot
-from common.mnist import fast, load_mnist
-from common.models import build_model, model_name, set_learning_rate
-from common.options import fail, make_parser, name_run, pick_device, positive_float, whole_number
-from common.process_group import backends
-from common.ranks import Control, check_same, disk_mates, let_go, meeting
+from common.device import setup_device
+from common.loading import fingerprint, group_batches, loader_options, to_device
+from common.mnist import load_mnist
+from common.models import build_model
+from common.nodes import check_ranks_agree, check_shared
+from common.options import make_parser, positive_float, whole_number
+from common.process_group import backends, release_process_group, rendezvous_errors
 from common.reporting import Reporter
+from common.run import Run, name_of
+from common.sampler import ResumableSampler
+from common.schedule import Schedule
+from common.snapshot import SnapshotFolder, restore_rng, rng_states
+from common.stopping import GracefulStop
 from memory import MemoryReport
 
 
 @record  # so that torchrun shows the error of a rank that fails
 def worker(args):
-    switches.check_gpus(args)  # no silent fallback: FSDP is for GPUs
-    device = pick_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
+    fsdp_options.check_gpus(args.use_gpu)  # no silent fallback: FSDP is for GPUs
+    device = setup_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
-    with meeting():  # ends with one line if some of the ranks do not come
-        dist.init_process_group(  # address, rank and world size: torchrun's variables say them
+    with rendezvous_errors():  # one line if some of the ranks do not come
+        dist.init_process_group(  # torchrun's environment variables have address and rank
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
-            timeout=timedelta(seconds=args.timeout),  # a cut link is silent: only this ends it
+            timeout=timedelta(seconds=args.timeout),  # nothing else notices a cut cable
             device_id=device if device.type == "cuda" else None,
         )
     try:
         main(args, device)
     finally:
-        switches.forget_meshes()  # DTensor keeps them, and they keep the group
-        let_go()  # frees what uses the group, the model too; after an error, ends it at once
+        release_process_group()  # frees the model, which uses it; after an error, ends it at once
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def units(args, model):
-    """What is gathered at a time: not too little for the network, not too much for the memory."""
+    """What FSDP gathers at a time: big enough for the network, small enough for the memory."""
     if args.model == "vit":
         return list(model.net.encoder.layers)
     if args.model == "resnet18":
@@ -69,124 +75,147 @@ def units(args, model):
     return [layer for layer in model.net if list(layer.parameters())]
 
 
-def build_sharded_model(args, device, mesh):
-    """The model: this rank holds a shard of each weight, and gathers one unit at a time."""
-    with torch.device("meta" if args.meta_init else "cpu"):
-        model = build_model(args)
-    how = {"mesh": mesh}
+def shard_model(args, model, device, mesh):
+    """Leave a shard of each weight on this rank; the ranks gather one unit at a time."""
+    fsdp_kwargs = {"mesh": mesh}
     unit_policy = root_policy = MixedPrecisionPolicy()
     if args.no_reshard:
-        how["reshard_after_forward"] = False  # gathered once for forward and backward, not twice
+        fsdp_kwargs["reshard_after_forward"] = False  # gathered once for forward and backward
     if args.cpu_offload:
-        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+        fsdp_kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     if args.precision == "bf16":
-        switches.keep_batch_norm(model, how)  # in float32
+        fsdp_options.keep_batch_norm(model, fsdp_kwargs)  # in float32
         # Gathered and computed in bfloat16, reduced and updated in float32: updates are small.
-        types = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-        unit_policy = MixedPrecisionPolicy(**types)
-        root_policy = MixedPrecisionPolicy(**types, output_dtype=torch.float32)
+        dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+        unit_policy = MixedPrecisionPolicy(**dtypes)
+        root_policy = MixedPrecisionPolicy(**dtypes, output_dtype=torch.float32)
     for unit in units(args, model):
         if args.activation_checkpointing:
-            switches.checkpoint_activations(unit)  # computed again in backward, not kept
-        fully_shard(unit, **how, mp_policy=unit_policy)
-    fully_shard(model, **how, mp_policy=root_policy)  # last: it takes what is in no unit
-    if args.meta_init:
-        switches.fill(model, args, device)  # there were only shapes until now
-    return model
+            fsdp_options.checkpoint_activations(unit)  # computed again in backward, not kept
+        fully_shard(unit, **fsdp_kwargs, mp_policy=unit_policy)
+    fully_shard(model, **fsdp_kwargs, mp_policy=root_policy)  # last: what is in no unit
 
 
 class Trainer:
-    def __init__(self, args, device, model, optimizer, train_data, test_data, saver):
-        self.args, self.device = args, device
-        self.model, self.optimizer, self.saver = model, optimizer, saver
-        self.train_data, self.test_data = train_data, test_data
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.rank_batch = args.batch_size * args.accumulate  # images of this rank in a step
-        self.sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
-        self.rest, self.fast = [], fast(args, device)
-        self.loader = DataLoader(  # of the list `rest`, which each epoch fills anew, in place
-            train_data, self.rank_batch, sampler=self.rest, drop_last=True, **self.fast
+    def __init__(self, args, device, model, optimizer, train_data, test_data, saver, report):
+        self.args = args
+        self.device = device
+        self.model = model
+        self.optimizer = optimizer
+        self.saver = saver
+        self.report = report
+        self.report.start(train_data, args.epochs, args.batch_size, vars(args), args.accumulate)
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        options = loader_options(args.num_workers, device)
+        train_sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
+        self.sampler = ResumableSampler(train_sampler)
+        self.train_loader = DataLoader(
+            train_data, args.batch_size, sampler=self.sampler, drop_last=True, **options
         )
-        self.report = Reporter(args, device, len(train_data))
-        self.memory = MemoryReport(model, optimizer, device, self.report)
-        self.epoch = self.samples_seen = self.global_step = 0
+        sampler = DistributedSampler(test_data, shuffle=False)
+        self.test_loader = DataLoader(test_data, args.eval_batch_size, sampler=sampler, **options)
+        self.memory = MemoryReport(model, optimizer, device, report)
+        self.schedule = Schedule(optimizer, args.schedule)
+        self.epoch = 0
+        self.samples_seen = 0  # in this epoch
+        self.global_step = 0
 
-    def train(self):
-        if len(disk_mates(self.args.snapshot_dir)) < self.world_size:
-            fail(f"{self.args.snapshot_dir} is not on a disk that all nodes share: use one")
-        self.load_snapshot()
-        # From here on, SIGTERM and Ctrl-C mean: save, then leave.
-        self.control = Control(self.args.timeout)
+    def train(self, state):
+        self.load_snapshot(state)
+        # From here on, SIGTERM and Ctrl-C mean: save, then exit.
+        self.stop = GracefulStop(self.args.timeout)
         self.memory.table("at the start")
+        if self.global_step > 0 and self.samples_seen == 0:
+            self.evaluate()  # the run may have ended between an epoch's snapshot and its evaluation
         while self.epoch < self.args.epochs:
             self.run_epoch()
-            self.evaluate()
             self.save_snapshot()
+            self.evaluate()
         self.saver.wait()
         self.report.end(self.global_step)
 
     def run_epoch(self):
-        # Seed and epoch alone make the order: a resumed run goes on with the rest of it.
-        self.sampler.set_epoch(self.epoch)
-        self.rest[:] = [*self.sampler][self.samples_seen // self.world_size :]
+        # Seed and epoch alone decide the order, so a resumed run continues where it stopped.
+        self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        for batch in self.report.progress(self.loader, self.epoch):
-            losses.append(self.run_batch(batch))
+        steps = group_batches(self.train_loader, self.args.accumulate)
+        for micro_batches in self.report.progress(steps, self.epoch, self.samples_seen):
+            losses.append(self.run_batch(micro_batches))
             self.memory.after_step()
-            self.samples_seen += self.rank_batch * self.world_size
+            self.samples_seen += self.args.batch_size * self.args.accumulate * self.world_size
             self.global_step += 1
-            stop = self.control.asked_to_stop()
-            if stop or self.report.is_due():
+            stopping = self.stop.requested()
+            if stopping or self.report.is_due():
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stop or self.report.save_is_due(self.global_step):
+            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
                 self.save_snapshot()
-            if stop:
+            if stopping:
                 self.saver.wait()
-                self.control.leave(stop, self.report, self.global_step)
-        self.epoch, self.samples_seen = self.epoch + 1, 0
+                self.stop.exit(self.report, self.global_step)
+        self.epoch += 1
+        self.samples_seen = 0
 
-    def run_batch(self, batch):
-        batch = [tensor.to(self.device, non_blocking=True) for tensor in batch]
-        parts = list(zip(*(tensor.split(self.args.batch_size) for tensor in batch), strict=True))
-        total = 0
-        set_learning_rate(self.optimizer, self.args, self.global_step, self.report.steps)
+    def run_batch(self, micro_batches):
+        # The ranks are averaged, and may have different numbers of targets. Divided by the number
+        # of an average rank, the loss becomes the mean over the targets of all ranks.
+        count = sum(self.count_targets(batch) for batch in micro_batches)
+        targets = torch.full((), count, dtype=torch.float64, device=self.device)
+        dist.all_reduce(targets)
+        targets = targets.clamp(min=1) / self.world_size
+        seen = self.samples_seen / len(self.train_loader.dataset)
+        self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
-        for i, part in enumerate(parts, start=1):
-            self.model.set_requires_gradient_sync(i == len(parts))
-            loss = self.loss(*part) / len(parts)
+        step_loss = 0
+        for number, batch in enumerate(micro_batches, start=1):
+            batch = to_device(batch, self.device)
+            # Until the last backward(), each rank keeps whole gradients, not a shard of them.
+            is_last = number == len(micro_batches)
+            self.model.set_requires_gradient_sync(is_last)
+            loss = self.loss(batch) / targets
             loss.backward()  # in the last, each rank gets its shard of the averaged gradients
-            total += loss.detach()
+            step_loss += loss.detach()
         if self.args.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_norm)
         self.optimizer.step()
-        return total  # a tensor: .item() would make the CPU wait for the GPU in every step
+        return step_loss  # a tensor: .item() would make the CPU wait for the GPU in every step
 
-    def loss(self, images, labels):
-        return F.cross_entropy(self.model(images), labels, label_smoothing=self.args.smoothing)
+    def count_targets(self, batch):
+        _, labels = batch
+        return labels.numel()
 
-    def score(self, images, labels):  # of each image: its loss, and whether the answer is right
-        outputs = self.model(images)
-        return F.cross_entropy(outputs, labels, reduction="none"), outputs.argmax(dim=1) == labels
+    def loss(self, batch):
+        images, labels = batch
+        logits = self.model(images)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    def per_sample_metrics(self, batch):
+        images, labels = batch
+        logits = self.model(images)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        correct = logits.argmax(dim=1) == labels
+        return losses, correct, torch.ones_like(labels)
 
     @torch.no_grad()
     def evaluate(self):
-        part = range(self.rank, len(self.test_data), self.world_size)  # DistributedSampler pads
-        # As many batches on all ranks, because a forward pass gathers the weights from all of them.
-        count = math.ceil(len(self.test_data) / self.world_size / 1000)
-        batches = [part[i::count] for i in range(count)]
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, images
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
+        # DistributedSampler repeats samples, so that all ranks have the same number: not counted.
+        remaining = math.ceil((len(self.test_loader.dataset) - self.rank) / self.world_size)
         self.model.eval()
         self.share_buffers()
-        for batch in DataLoader(self.test_data, batch_sampler=batches, **self.fast):
-            losses, right = self.score(*(tensor.to(self.device) for tensor in batch))
-            totals[0] += losses.sum()
-            totals[1] += right.sum()
-            totals[2] += right.numel()
-        switches.reshard(self.model)  # what backward would have freed, and evaluation did not
+        for batch in self.test_loader:
+            batch = to_device(batch, self.device)
+            metrics = self.per_sample_metrics(batch)
+            totals += torch.stack([metric[:remaining].sum() for metric in metrics])
+            remaining = max(0, remaining - self.args.eval_batch_size)
+            if self.stop.requested():
+                self.saver.wait()
+                self.stop.exit(self.report, self.global_step)
+        fsdp_options.reshard(self.model)  # no backward pass has freed what is gathered
         dist.all_reduce(totals)
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
@@ -197,18 +226,19 @@ class Trainer:
     def save_snapshot(self):
         if self.global_step == self.saver.newest:
             return  # it was saved when the run was stopped after an epoch's last step
-        self.saver.wait()  # for the one before
+        self.saver.wait()  # for the previous snapshot
         self.share_buffers()
-        model, optimizer = get_state_dict(self.model, self.optimizer)  # shards of tensors
+        rng = rng_states(self.device)  # of all ranks
+        model, optimizer = get_state_dict(self.model, self.optimizer)  # this rank's shards
         state = {
             "param_groups": self.optimizer.state_dict()["param_groups"],
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": snapshot.rng_states(self.device),
+            "rng": rng,
         }
-        writer = sharded.Writer(self.args.snapshot_dir, self.global_step, self.saver.group)
-        # Copied now, and written by each rank while training goes on.
+        writer = self.saver.writer(self.global_step)
+        # Copied now, and written by each rank while training continues.
         writing = dcp.async_save(
             {"model": model, "optimizer": optimizer["state"]},
             storage_writer=writer,
@@ -216,41 +246,61 @@ class Trainer:
         )
         self.saver.finish(writing, writer, state)
 
-    def load_snapshot(self):
-        state = snapshot.load_newest(self.args, sharded.read)
+    def load_snapshot(self, state):
         if state is None:
             return
-        self.epoch, self.samples_seen, self.global_step = snapshot.resume(state, self.report)
-        self.saver.newest = self.global_step
+        restore_rng(state, self.device, self.train_loader.generator, self.report)
+        # A new optimizer has no state yet: this makes it, with a step at learning rate 0.
         model, optimizer = get_state_dict(self.model, self.optimizer)
         shards = {"model": model, "optimizer": optimizer["state"]}
         with sharded.reader(state) as reader:
-            dcp.load(shards, storage_reader=reader)  # cut anew when the world size has changed
+            dcp.load(shards, storage_reader=reader)  # reshards if the world size has changed
         optimizer["state"] = shards["optimizer"]
+        sharded.load_groups(optimizer["param_groups"], state["param_groups"])
         loaded = {"model_state_dict": model, "optim_state_dict": optimizer}
         set_state_dict(self.model, self.optimizer, **loaded)
+        self.schedule.reset()  # to the learning rates of this run's flags
+        self.epoch = state["epoch"]
+        # The number of ranks may have changed: round up to a multiple of it.
+        self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
+        self.global_step = state["global_step"]
+        self.saver.newest = self.global_step
 
 
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    name_run(args, model_name(args), train_data.name, train_data.fallback)
-    check_same(args, __file__, train_data.checksum())  # or the nodes would hang, or train nonsense
-    model = build_sharded_model(args, device, switches.make_mesh(args, device))
+    # Nodes that differ would wait for each other forever, or train on different data.
+    check_ranks_agree(__file__, flags=vars(args), data=fingerprint(train_data))
+    build = partial(build_model, args.model, args.precision, args.vit_width, args.vit_depth)
+    with torch.device("meta" if args.meta_init else "cpu"):
+        model = build()
+    if args.compile:
+        model.compile()  # in place, so that the names of its parameters stay as they are
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose, sharded.read)
+    check_shared(snapshots.path)
+    state = snapshots.load_newest()
+    mesh = fsdp_options.make_mesh(args.replicas, device, args.timeout)
+    shard_model(args, model, device, mesh)
+    if args.meta_init:  # there were only shapes until now, and a snapshot has the weights
+        model.to_empty(device="cpu" if args.cpu_offload else device)
+        fsdp_options.initialize(model, build, device, resumes=state is not None)
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
-    switches.check_sharded(optimizer)  # built before the model is sharded, it would train nothing
-    with sharded.Saver(args) as saver:  # its end waits for a save, after an error too
-        Trainer(args, device, model, optimizer, train_data, test_data, saver).train()
+    fsdp_options.check_sharded(optimizer)  # built before the model is sharded, it trains nothing
+    report = Reporter(run, device, args.metrics, args.profile, args.verbose)
+    with sharded.Saver(snapshots, args.timeout) as saver:  # its end waits for a save
+        trainer = Trainer(args, device, model, optimizer, train_data, test_data, saver, report)
+        trainer.train(state)
 
 
 def parse_args():
-    parser = make_parser(__file__, __doc__, torchrun=True)
+    parser = make_parser(__file__, __doc__, launcher="torchrun")
     add = parser.add_argument
     add("--accumulate", type=whole_number, default=1, metavar="N", help="batches in a step (1)")
     add("--clip-norm", type=positive_float, metavar="X", help="shrink gradients to this norm")
-    add("--timeout", type=whole_number, default=120, help="seconds until a rank is lost (120)")
-    add("--replicas", type=whole_number, default=1, metavar="N", help="of the sharded model (1)")
+    add("--replicas", type=whole_number, default=1, metavar="N", help="copies, HSDP (1)")
     add("--no-reshard", action="store_true", help="gather weights once for forward and backward")
     add("--activation-checkpointing", action="store_true", help="compute activations twice")
     add("--cpu-offload", action="store_true", help="shards and optimizer in the CPU's memory")

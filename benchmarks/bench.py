@@ -1,7 +1,7 @@
 """What the steps cost, each beside what it could be: one table of ratios, with the goal of each.
 
     python benchmarks/bench.py --data-dir data            # with no other work on the machine
-    python benchmarks/bench.py --data-dir data --quick    # few images, no textbook: only whether it runs
+    python benchmarks/bench.py --data-dir data --quick    # few samples, no textbook: only whether it runs
 
 Both sides of a row take turns (A B A B …), because other programs disturb single timings. A ratio is the
 median of the turns, behind it their range. The last line says where all of it is written, as JSON and as a
@@ -32,16 +32,18 @@ from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 from benchmarks import speedrun, textbook  # noqa: E402
-from common.mnist import fast, load_mnist  # noqa: E402
+from common.device import count_gpus  # noqa: E402
+from common.loading import loader_options  # noqa: E402
+from common.mnist import load_mnist  # noqa: E402
 from common.models import MEAN, STD  # noqa: E402
-from common.options import count_gpus, fail  # noqa: E402
+from common.options import fail  # noqa: E402
 
 GPUS = count_gpus()
 RANKS = min(2, GPUS) or 2
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 BIG = ["--vit-width=768", "--vit-depth=12"]  # a vit of 57 million parameters
-IMAGES = {"cnn": 4096, "resnet18": 256, "vit": 2048}  # of a rank in an epoch: about a second on one core
-CELLS = [*itertools.product(IMAGES, (64, 512))]
+SAMPLES = {"cnn": 4096, "resnet18": 256, "vit": 2048}  # of a rank in an epoch: about a second on one core
+CELLS = [*itertools.product(SAMPLES, (64, 512))]
 STEPS_ON_GPU = {64: 100, 512: 15}  # in an epoch, by batch
 
 
@@ -106,17 +108,17 @@ def loops(args: argparse.Namespace) -> Iterator[Row]:
     for step in ("01", "02", "03", "04", "05"):
         asked: list[dict[str, Any]] = []
         for model, size in cells:
-            images = STEPS_ON_GPU[size] * size if GPUS else max(size, IMAGES[model])
+            samples = STEPS_ON_GPU[size] * size if GPUS else max(size, SAMPLES[model])
             flags = [f"--batch-size={size}", "--model", *model.split()]
-            cell: dict[str, Any] = {"measure": "loop", "rounds": 9, "images": images, "flags": flags}
-            asked.append(cell | {"rounds": 1, "images": size} if args.quick else cell)
+            cell: dict[str, Any] = {"measure": "loop", "rounds": 9, "samples": samples, "flags": flags}
+            asked.append(cell | {"rounds": 1, "samples": size} if args.quick else cell)
         for (model, size), cell in zip(cells, in_ranks(step, asked), strict=True):
             epoch = statistics.median(ours for ours, _ in cell["pairs"])
             ratios = [bare / ours for ours, bare in cell["pairs"]]
             bare = "one CUDA graph" if GPUS else "bare loop"
             name = f"step {step}, {model}, batch {size}: its speed beside the {bare}'s"
-            steps = cell["images"] / size / (1 if step == "01" else RANKS)
-            yield Row(name, 0.97, ratios, f"{cell['images'] / epoch:,.0f} images/s", why=spent(cell, steps))
+            steps = cell["samples"] / size / (1 if step == "01" else RANKS)
+            yield Row(name, 0.97, ratios, f"{cell['samples'] / epoch:,.0f} samples/s", why=spent(cell, steps))
             if step != "01" and (model, size) == CELLS[0]:  # the shortest steps
                 share = cell["vote"] * steps / epoch
                 name = f"step {step}, {model}, batch {size}: the vote on stopping, beside the step"
@@ -127,8 +129,9 @@ def loops(args: argparse.Namespace) -> Iterator[Row]:
 def spent(cell: dict[str, Any], steps: float) -> str:
     """Where the time of a step goes, of which an epoch has so many."""
     if "kernels" not in cell:
+        left_out = "loading, the count of the targets, the vote, the report"
         more = 1e3 * statistics.median(ours - bare for ours, bare in cell["pairs"]) / steps
-        return f"{more:.1f} ms a step more for what the bare loop leaves out: loading, the vote, the report"
+        return f"{more:.1f} ms a step more for what the bare loop leaves out: {left_out}"
     whole = 1e3 * statistics.median(ours for ours, _ in cell["pairs"]) / steps
     busy = f"computes for {1e3 * cell['busy']:.2f} of {whole:.2f} ms a step"
     return f"the GPU {busy}; the CPU starts {cell['kernels']:.0f} kernels one by one"
@@ -137,10 +140,10 @@ def spent(cell: dict[str, Any], steps: float) -> str:
 def data_path(args: argparse.Namespace) -> Iterator[Row]:
     """Batches of our loader beside those of torchvision's usual one."""
     digits, _ = load_mnist(Path(args.data_dir), 640 if args.quick else None)
-    how = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    own = fast(argparse.Namespace(num_workers=0), torch.device("cpu"))
-    ours: DataLoader[Any] = DataLoader(digits, 64, shuffle=True, **own)
-    usual: DataLoader[Any] = DataLoader(textbook.Pictures(digits, how), 64, shuffle=True)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    options = loader_options(0, torch.device("cpu"))
+    ours: DataLoader[Any] = DataLoader(digits, 64, shuffle=True, **options)
+    usual: DataLoader[Any] = DataLoader(textbook.Pictures(digits, transform), 64, shuffle=True)
 
     def drain(loader: DataLoader[Any]) -> float:
         begun = time.perf_counter()
@@ -151,25 +154,23 @@ def data_path(args: argparse.Namespace) -> Iterator[Row]:
     pairs = [(drain(ours), drain(usual)) for _ in range(args.rounds)]
     fastest, slower = (statistics.median(side) for side in zip(*pairs, strict=True))
     name = "loading, batch 64: ours beside a picture and two transforms for each image"
-    yield Row(name, 40, [a / b for a, b in pairs], f"{fastest:,.0f} and {slower:,.0f} images/s")
+    yield Row(name, 40, [a / b for a, b in pairs], f"{fastest:,.0f} and {slower:,.0f} samples/s")
 
 
-def rate(starts: list[list[str]], images: int, size: int) -> float:
-    """Images/s of these commands together, all started at once, in their training steps."""
+def rate(starts: list[list[str]], samples: int, size: int) -> float:
+    """Samples/s of these commands together, all started at once, in their training steps."""
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for number, words in enumerate(starts):
-            own = [f"--snapshot-dir={folder}/{number}", f"--metrics={folder}/{number}.jsonl"]
-            own += [f"--num-samples={images // len(starts)}", "--epochs=2", f"--batch-size={size}"]
+            flags = [f"--snapshot-dir={folder}/{number}", f"--metrics={folder}/{number}.jsonl", "--use-gpu=0"]
+            flags += [f"--num-samples={samples // len(starts)}", "--epochs=2", f"--batch-size={size}"]
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            running.append(
-                subprocess.Popen([*words, *own, "--use-gpu=0"], stdout=subprocess.DEVNULL, env=env)
-            )
+            running.append(subprocess.Popen([*words, *flags], stdout=subprocess.DEVNULL, env=env))
         if any([process.wait() for process in running]):
             fail("a run has ended with an error: it says why, above")
         files = [Path(folder, f"{number}.jsonl") for number in range(len(starts))]
         ends = [json.loads(file.read_text().splitlines()[-1]) for file in files]
-    return float(sum(end["images_per_s"] for end in ends))
+    return float(sum(end["samples_per_s"] for end in ends))
 
 
 def side_by_side(args: argparse.Namespace) -> Iterator[Row]:
@@ -179,25 +180,27 @@ def side_by_side(args: argparse.Namespace) -> Iterator[Row]:
     apart = [[sys.executable, script("01")]] * RANKS
     step_03, step_05 = ([[*TORCHRUN, script(step)]] for step in ("03", "05"))
     for size, goal in ((64, 0.75), (512, 0.93)):
-        images = RANKS * (size if args.quick else 4096)
-        turns = [[rate(each, images, size) for each in (apart, step_03, step_05)] for _ in range(args.rounds)]
+        samples = RANKS * (size if args.quick else 4096)
+        turns = []
+        for _ in range(args.rounds):
+            turns.append([rate(starts, samples, size) for starts in (apart, step_03, step_05)])
         alone, ddp, fsdp = map(statistics.median, zip(*turns, strict=True))
         name = f"cnn, batch {size}: two ranks of step 03 beside two processes apart"
         why = "the all-reduce of 0.83 MB, on the same two cores"
-        figure = f"{ddp:,.0f} and {alone:,.0f} images/s"
+        figure = f"{ddp:,.0f} and {alone:,.0f} samples/s"
         yield Row(name, goal, [b / a for a, b, _ in turns], figure, why=why)
         name = f"cnn, batch {size}: two ranks of step 05 beside two of step 03"
-        yield Row(name, None, [c / b for _, b, c in turns], f"{fsdp:,.0f} and {ddp:,.0f} images/s")
+        yield Row(name, None, [c / b for _, b, c in turns], f"{fsdp:,.0f} and {ddp:,.0f} samples/s")
 
 
 def first_step(words: list[str]) -> float:
     """Seconds from the start of a command to the report of its first step, which is its last, too."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"--snapshot-dir={folder}", f"--num-samples={64 * RANKS}", "--epochs=1"]
-        own.append(f"--use-gpu={min(1, GPUS)}")
+        flags = [f"--snapshot-dir={folder}", f"--num-samples={64 * RANKS}", "--epochs=1"]
+        flags.append(f"--use-gpu={min(1, GPUS)}")
         begun = time.perf_counter()
         env = {**os.environ, "OMP_NUM_THREADS": "1"}  # or torchrun says that it sets this
-        process = subprocess.Popen([*words, *own], stdout=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, text=True, env=env)
         assert process.stdout is not None
         took = next((time.perf_counter() - begun for line in process.stdout if "loss" in line), 0.0)
         process.stdout.read()
@@ -235,13 +238,13 @@ def start_up(args: argparse.Namespace) -> Iterator[Row]:
 def snapshots(args: argparse.Namespace) -> Iterator[Row]:
     """For how long a save stops the training, beside writing as many bytes."""
     whys = {
-        "01": "the file is made in memory, and summed up, before the disk sees it",
+        "01": "a checksum of the file, too, and a look at whether it can be read again",
         "05": "the shards are copied in memory, and this disk is hardly slower than the memory",
     }
     for step, goal in (("01", 2.0), ("05", 0.5)):
         flags = ["--batch-size=8", *([] if args.quick else ["--model=vit", *BIG])]
         rounds = 1 if args.quick else 7  # a disk is slow now and then
-        [cell] = in_ranks(step, [{"measure": "save", "rounds": rounds, "images": 8, "flags": flags}])
+        [cell] = in_ranks(step, [{"measure": "save", "rounds": rounds, "samples": 8, "flags": flags}])
         pause, copy = map(statistics.median, zip(*cell["pairs"], strict=True))
         what = "of a rank" if step == "05" else "of all"
         name = f"step {step}: pause for a snapshot, beside writing the {cell['bytes'] / 1e6:,.0f} MB {what}"
@@ -309,6 +312,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
-    parser.add_argument("--quick", action="store_true", help="few images and one round: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few samples and one round: whether it runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (benchmarks/results/…)")
     main(parser.parse_args())

@@ -45,10 +45,10 @@ def measure(script: Path, flags: list[str], steps: int) -> tuple[float, int, flo
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     use_gpu = int(torch.cuda.device_count() >= RANKS)
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"--num-samples={steps * RANKS * BATCH}", f"--use-gpu={use_gpu}"]
-        own += [f"--snapshot-dir={folder}/snapshots", f"--metrics={folder}/metrics.jsonl"]
+        flags = [*MODEL, *flags, f"--num-samples={steps * RANKS * BATCH}", f"--use-gpu={use_gpu}"]
+        flags += [f"--snapshot-dir={folder}/snapshots", f"--metrics={folder}/metrics.jsonl"]
         before = loopback()
-        process = subprocess.Popen([*torchrun, str(script), *MODEL, *flags, *own], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*torchrun, str(script), *flags], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # its memory is the largest of torchrun's and the ranks'
         if status != 0:
             sys.exit(1)

@@ -4,12 +4,11 @@
     torchrun --standalone --nproc-per-node=2 benchmarks/in_rank.py 03 CELLS
 
 CELLS is JSON: a list of objects with `measure` (`loop`, `steps` or `save`), `rounds` (of a loop as many of
-them as fit into eight seconds, but two), `images` (of a rank in an epoch) and `flags` of the step. Each cell
+them as fit into eight seconds, but two), `samples` (of a rank in an epoch) and `flags` of the step. Each cell
 builds what the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line of
 JSON that begins with `cell: `.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -34,10 +33,14 @@ import torch.nn.functional as F  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
+from common.device import count_gpus, setup_device  # noqa: E402
+from common.loading import to_device  # noqa: E402
 from common.models import build_model  # noqa: E402
-from common.options import count_gpus, pick_device  # noqa: E402
-from common.ranks import Control, let_go  # noqa: E402
+from common.process_group import release_process_group  # noqa: E402
 from common.snapshot import snapshots  # noqa: E402
+from common.stopping import GracefulStop  # noqa: E402
+
+TIMEOUT = 600.0  # seconds, the scripts' default
 
 
 def load(step: str) -> ModuleType:
@@ -76,14 +79,12 @@ def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
 
     On a GPU it is the loop of a single process, and its step is one CUDA graph.
     """
-    model, optimizer = getattr(trainer, "ddp_model", trainer.model), trainer.optimizer
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    size = trainer.args.batch_size
-    rows = torch.randperm(len(trainer.train_data), generator=torch.Generator().manual_seed(0))
-    own = rows[rank::ranks].split(size)
-    data = trainer.train_data
-    batches = [(data.images[some].to(trainer.device), data.labels[some].to(trainer.device)) for some in own]
+    model = getattr(trainer, "ddp_model", trainer.model)
+    optimizer = trainer.optimizer
+    data = trainer.train_loader.dataset
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    rows_of_rank = order[trainer.report.rank :: trainer.report.world_size]
+    batches = [to_device(data[rows], trainer.device) for rows in rows_of_rank.split(trainer.args.batch_size)]
 
     def bare() -> None:
         for images, labels in batches:
@@ -96,8 +97,8 @@ def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
 
 def graph(trainer: Any, batches: list[Any]) -> Callable[[], None]:
     """The loop over the batches as a GPU could do it at best: the CPU starts a step's kernels all at once."""
-    args = argparse.Namespace(**{**vars(trainer.args), "compile": False})
-    model = build_model(args).to(trainer.device)
+    args = trainer.args
+    model = build_model(args.model, args.precision, args.vit_width, args.vit_depth).to(trainer.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True, capturable=True)
     images, labels = (tensor.clone() for tensor in batches[0])  # a graph reads where it has read before
 
@@ -125,11 +126,16 @@ def graph(trainer: Any, batches: list[Any]) -> Callable[[], None]:
     return bare
 
 
+def run_batch(trainer: Any, batch: Any) -> None:
+    """A step of one batch, which steps 04 and 05 want in a list."""
+    trainer.run_batch([batch] if hasattr(trainer.args, "accumulate") else batch)
+
+
 def on_the_gpu(trainer: Any, batch: Any, steps: int = 5) -> dict[str, float]:
     """Of one step: how many kernels and copies there are, and the seconds that they take."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
         for _ in range(steps):
-            trainer.run_batch(batch)
+            run_batch(trainer, batch)
         torch.accelerator.synchronize()
     own = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
     busy = sum(event.time_range.elapsed_us() for event in own) / 1e6
@@ -138,16 +144,17 @@ def on_the_gpu(trainer: Any, batch: Any, steps: int = 5) -> dict[str, float]:
 
 def loop(trainer: Any, rounds: int) -> dict[str, Any]:
     """Seconds of an epoch of the step, and of the same on batches that lie ready; and those of a vote."""
-    trainer.control = Control()
-    vote, votes = trainer.control.asked_to_stop, []
+    trainer.stop = GracefulStop(TIMEOUT)
+    vote = trainer.stop.requested
+    votes: list[float] = []
 
-    def timed() -> int:
+    def timed() -> bool:
         begun = time.perf_counter()
-        stop = vote()
+        stopping = vote()
         votes.append(time.perf_counter() - begun)
-        return int(stop)
+        return bool(stopping)
 
-    trainer.control.asked_to_stop = timed
+    trainer.stop.requested = timed
     batches, bare = bare_loop(trainer)
     trainer.model.train()
     bare()  # the first steps are slow
@@ -155,8 +162,8 @@ def loop(trainer: Any, rounds: int) -> dict[str, Any]:
     while len(pairs) < min(2, rounds) or (len(pairs) < rounds and sum(map(sum, pairs)) < SECONDS):
         pairs.append((seconds(trainer.run_epoch), seconds(bare)))
     assert all(weights.isfinite().all() for weights in trainer.model.parameters())  # nobody else wrote there
-    images = sum(len(labels) for _, labels in batches) * trainer.report.world_size
-    found = {"pairs": pairs, "images": images, "vote": sum(votes) / len(votes)}
+    samples = sum(len(labels) for _, labels in batches) * trainer.report.world_size
+    found = {"pairs": pairs, "samples": samples, "vote": sum(votes) / len(votes)}
     if trainer.device.type == "cuda":
         found |= on_the_gpu(trainer, batches[0])
     return found
@@ -164,7 +171,9 @@ def loop(trainer: Any, rounds: int) -> dict[str, Any]:
 
 def steps(trainer: Any, rounds: int) -> dict[str, Any]:
     """Seconds of each step of the last of some epochs, from one to the next."""
-    trainer.control, train, moments = Control(), trainer.run_batch, []
+    trainer.stop = GracefulStop(TIMEOUT)
+    train = trainer.run_batch
+    moments: list[float] = []
 
     def noted(batch: Any) -> Any:
         moments.append(time.perf_counter())
@@ -183,10 +192,12 @@ def save(trainer: Any, rounds: int) -> dict[str, Any]:
     In step 05 every rank writes its shards, and the bytes are those of rank 0.
     """
     sharded = hasattr(trainer, "saver")
-    trainer.run_batch(trainer.train_data[: trainer.args.batch_size])  # or the optimizer has no state yet
+    # Before its first step, the optimizer has no state.
+    run_batch(trainer, trainer.train_loader.dataset[: trainer.args.batch_size])
     folder = trainer.args.snapshot_dir
     folder.mkdir(parents=True, exist_ok=True)
-    content, pairs = b"", []
+    content = b""
+    pairs = []
 
     def copy() -> None:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
@@ -216,16 +227,17 @@ def one(
     """Let a step's `main` build all it needs, and measure in the place of training."""
     found: dict[str, Any] = {}
     measure = {"loop": loop, "steps": steps, "save": save}[cell["measure"]]
-    script.Trainer.train = lambda trainer: found.update(measure(trainer, cell["rounds"]))
-    own = [f"--num-samples={cell['images'] * ranks}", f"--use-gpu={int(device.type != 'cpu')}"]
-    sys.argv[1:] = [*own, f"--snapshot-dir={folder}", "--epochs=1000", *cell["flags"]]
+    # Step 05 gives `train` the snapshot that it has found: here, there is none.
+    script.Trainer.train = lambda trainer, state=None: found.update(measure(trainer, cell["rounds"]))
+    flags = [f"--num-samples={cell['samples'] * ranks}", f"--use-gpu={int(device.type != 'cpu')}"]
+    sys.argv[1:] = [*flags, f"--snapshot-dir={folder}", "--epochs=1000", *cell["flags"]]
     args = script.parse_args()
     script.main(args, device) if dist.is_initialized() else script.main(args)
     return found
 
 
 def end() -> None:
-    let_go()
+    release_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -235,7 +247,7 @@ def main(step: str, cells: list[dict[str, Any]]) -> None:
     rank, local_rank, ranks = (
         int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    device = pick_device(None if count_gpus() >= ranks else 0, local_rank)
+    device = setup_device(None if count_gpus() >= ranks else 0, local_rank)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     with contextlib.ExitStack() as stack:
@@ -250,8 +262,6 @@ def main(step: str, cells: list[dict[str, Any]]) -> None:
             if rank == 0:
                 print("cell: " + json.dumps({**cell, "step": step, **found}), flush=True)
         together()  # or rank 0 would take the folder from the others
-        if step == "05":
-            sys.modules["switches"].forget_meshes()
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 Each rung trains one epoch of MNIST on this machine's CPU and tests. Its first rung is written as
 github.com/pytorch/examples trains on MNIST: its net, its optimizer, a picture and two transforms for each
 image, `loss.item()` in every tenth step. Each further rung changes one thing. The last is what
-`benchmarks/speedrun.py` lets the steps do; here, the loop is bare. Prints a table, and JSON in the last line.
+`benchmarks/speedrun.py` trains with; here, the loop is bare. Prints a table, and JSON in the last line.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,15 +28,12 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
+from benchmarks.label_smoothing import BETAS, SMOOTHING  # noqa: E402
 from benchmarks.textbook import Pictures, big_net  # noqa: E402
 from common.mnist import Digits, load_mnist  # noqa: E402
-from common.models import MEAN, STD, Normalized, cnn, set_learning_rate  # noqa: E402
+from common.models import MEAN, STD, Normalized, cnn  # noqa: E402
 from common.options import fail, whole_number  # noqa: E402
-
-
-def small_net() -> nn.Module:
-    """The steps' `cnn`."""
-    return cnn(argparse.Namespace())
+from common.schedule import Schedule  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Rung:
     picture_by_picture: bool = True
     item_every: int = 10  # steps between two `loss.item()`; 0: none
     net: Callable[[], nn.Module] = big_net
-    adamw: bool = False  # at 0.001, or with `schedule` at 0.01; else Adadelta at 1.0
+    adamw: bool = False  # at 0.001, or with one cycle up to 0.01; else Adadelta at 1.0
     batch: int = 64
     schedule: str = "constant"
     smoothing: float = 0.0
@@ -57,10 +55,10 @@ def rungs() -> list[Rung]:
     for change in (
         {"idea": "a batch is one index into one tensor", "picture_by_picture": False},
         {"idea": "no .item() in the loop", "item_every": 0},
-        {"idea": "a smaller net, AdamW", "net": small_net, "adamw": True},
+        {"idea": "a smaller net, AdamW", "net": cnn, "adamw": True},
         {"idea": "a larger batch", "batch": 256},
         {"idea": "one cycle of the learning rate, up to 0.01", "schedule": "one-cycle"},
-        {"idea": "label smoothing", "smoothing": 0.1},
+        {"idea": "label smoothing", "smoothing": SMOOTHING},
     ):
         ladder.append(replace(ladder[-1], **change))
     return ladder
@@ -70,8 +68,8 @@ def batches(rung: Rung, digits: Digits, seed: int) -> Iterator[Any]:
     """One epoch in an order of its own: floats from pictures, or bytes, which the model makes floats of."""
     generator = torch.Generator().manual_seed(seed)
     if rung.picture_by_picture:
-        how = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-        yield from DataLoader(Pictures(digits, how), rung.batch, shuffle=True, generator=generator)
+        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+        yield from DataLoader(Pictures(digits, transform), rung.batch, shuffle=True, generator=generator)
         return
     for rows in torch.randperm(len(digits), generator=generator).split(rung.batch):
         yield digits.images[rows], digits.labels[rows]
@@ -81,15 +79,19 @@ def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, fl
     """Train one epoch: seconds of training, and accuracy in percent."""
     torch.manual_seed(seed)
     net = rung.net()
-    model = net if rung.picture_by_picture else Normalized(net)
-    args = argparse.Namespace(schedule=rung.schedule, lr=1e-3 if rung.schedule == "constant" else 1e-2)
-    weights = model.parameters()
-    optimizer = torch.optim.AdamW(weights, args.lr) if rung.adamw else torch.optim.Adadelta(weights, 1.0)
-    steps = -(-len(train) // rung.batch)
+    model = net if rung.picture_by_picture else Normalized(net, rung.idea)
+    optimizer: torch.optim.Optimizer
+    if not rung.adamw:
+        optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    elif rung.schedule == "constant":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS)
+    schedule = Schedule(optimizer, rung.schedule)
+    steps = math.ceil(len(train) / rung.batch)
     begun = time.perf_counter()
     for step, (images, labels) in enumerate(batches(rung, train, seed)):
-        if rung.adamw:
-            set_learning_rate(optimizer, args, step, steps)
+        schedule.set_progress(step / steps)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels, label_smoothing=rung.smoothing)
         loss.backward()
@@ -97,11 +99,13 @@ def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, fl
         if rung.item_every and step % rung.item_every == 0:
             loss.item()
     took = time.perf_counter() - begun
-    model = Normalized(net).eval()
+    model = Normalized(net, rung.idea)
+    model.eval()
+    correct = 0
     with torch.no_grad():
-        pairs = zip(test.images.split(1000), test.labels.split(1000), strict=True)
-        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in pairs)
-    return took, 100 * right / len(test)
+        for images, labels in zip(test.images.split(1000), test.labels.split(1000), strict=True):
+            correct += int((model(images).argmax(1) == labels).sum())
+    return took, 100 * correct / len(test)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -36,14 +36,16 @@ from benchmarks.hosts import WHY, network, possible  # noqa: E402
 from benchmarks.in_rank import load  # noqa: E402
 from common.models import build_model  # noqa: E402
 from common.options import warn  # noqa: E402
+from common.process_group import release_meshes  # noqa: E402
 
 SIZES = [*(1 << power for power in range(10, 27, 2)), 48_000_000]  # 1 kB to more than resnet18's gradients
 SLOW_SIZES = [1 << power for power in range(11, 21)]
-IMAGES = {"cnn": 8192, "resnet18": 512}  # of a rank in an epoch
+SAMPLES = {"cnn": 8192, "resnet18": 512}  # of a rank in an epoch
 CASES = [("cnn", 64), ("cnn", 512), ("resnet18", 64)]
-FLAGS: dict[str, Any] = {"use_gpu": 0, "precision": "float32", "compile": False, "replicas": 1}
-FLAGS |= {"no_reshard": False, "activation_checkpointing": False, "cpu_offload": False, "meta_init": True}
-FLAGS |= {"vit_width": 64, "vit_depth": 4}
+TARGETS = 8  # bytes: the ranks' numbers of targets, which they add up in each step
+# The flags by which step 05 shards a model.
+FLAGS: dict[str, Any] = {"model": "cnn", "precision": "float32", "vit_width": 64, "vit_depth": 4}
+FLAGS |= {"no_reshard": False, "activation_checkpointing": False, "cpu_offload": False}
 
 # A DGX H100: eight GPUs with NVLink of 900 GB/s, both directions together; eight network cards of 400 Gbit/s,
 # each of which can carry a ring; 989 TFLOP/s in bf16 (NVIDIA's data sheets of H100 SXM and DGX H100). Large
@@ -68,14 +70,18 @@ def fit(points: list[tuple[int, float]]) -> tuple[float, float]:
     return max(0.0, alpha), beta
 
 
-def unit_bytes(model: str) -> tuple[list[int], int]:
-    """Of step 05: the bytes of each unit's parameters, and of those that are in none."""
-    script = load("05")
-    args = argparse.Namespace(**{**FLAGS, "model": model})
+def shapes(args: argparse.Namespace) -> torch.nn.Module:
+    """The model that these flags ask for, without its numbers."""
     with torch.device("meta"):
-        net = build_model(args)
-    of_units = [sum(p.nbytes for p in unit.parameters()) for unit in script.units(args, net)]
-    return of_units, sum(p.nbytes for p in net.parameters()) - sum(of_units)
+        return build_model(args.model, args.precision, args.vit_width, args.vit_depth)
+
+
+def unit_bytes(name: str) -> tuple[list[int], int]:
+    """Of step 05: the bytes of each unit's parameters, and of those that are in none."""
+    args = argparse.Namespace(**{**FLAGS, "model": name})
+    model = shapes(args)
+    of_units = [sum(p.nbytes for p in unit.parameters()) for unit in load("05").units(args, model)]
+    return of_units, sum(p.nbytes for p in model.parameters()) - sum(of_units)
 
 
 def talk(step: str, model: str, link: Link) -> float:
@@ -86,10 +92,11 @@ def talk(step: str, model: str, link: Link) -> float:
         alpha, beta = link[collective]
         return alpha + beta * size if size else 0.0
 
+    counted = takes("all_reduce", TARGETS)
     if step != "05":
-        return takes("all_reduce", sum(units) + rest)
+        return counted + takes("all_reduce", sum(units) + rest)
     gathered = 2 * sum(takes("all_gather", size) for size in units) + takes("all_gather", rest)
-    return gathered + sum(takes("reduce_scatter", size) for size in [*units, rest])
+    return counted + gathered + sum(takes("reduce_scatter", size) for size in [*units, rest])
 
 
 def collectives_here() -> dict[str, list[tuple[int, float]]]:
@@ -114,7 +121,7 @@ def collectives_over(link: tuple[float, float]) -> dict[str, list[tuple[int, flo
 
 def steps(step: str, model: str, size: int, of_a_run: int) -> list[list[float]]:
     """Seconds of each step of two ranks, in one run or in a run each: of each run's rank 0."""
-    cell = {"measure": "steps", "rounds": 2, "images": max(2 * size, IMAGES[model])}
+    cell = {"measure": "steps", "rounds": 2, "samples": max(2 * size, SAMPLES[model])}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={of_a_run}"]
     words += [str(ROOT / "benchmarks" / "in_rank.py"), step]
     words.append(json.dumps([{**cell, "flags": [f"--model={model}", f"--batch-size={size}"]}]))
@@ -183,9 +190,10 @@ def gather(size: float, nodes: int) -> float:
 
 
 def flops(args: argparse.Namespace) -> float:
-    """Of one image: forward, and twice as many for the gradients."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_model(args)(torch.zeros(2, 28, 28, dtype=torch.uint8))  # batch norm wants more than one
+    """Of one sample: forward, and twice as many for the gradients."""
+    model = shapes(args)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 28, 28, dtype=torch.uint8, device="meta"))  # batch norm wants more than one
     return 3.0 * counter.get_total_flops() / 2
 
 
@@ -194,8 +202,7 @@ def on_paper() -> list[dict[str, Any]]:
     rows = []
     for flags, size in (({"model": "cnn"}, 512), ({"model": "resnet18"}, 512), (BILLION, 256)):
         args = argparse.Namespace(**{**FLAGS, **flags})
-        with torch.device("meta"):
-            model = build_model(args)
+        model = shapes(args)
         parameters = sum(p.numel() for p in model.parameters())
         compute = size * flops(args) / (FLOPS * USED)
         for ranks in LARGE:
@@ -218,17 +225,18 @@ def on_paper() -> list[dict[str, Any]]:
 def bytes_of_a_rank(flags: dict[str, Any], worlds: list[int]) -> list[dict[str, Any]]:
     """Of step 05's model on rank 0, at world sizes that are not there: torch's fake process group."""
     script = load("05")
-    sys.modules["switches"].fill = lambda model, args, device: None  # type: ignore[attr-defined]  # shapes do
-    args, rows = argparse.Namespace(**{**FLAGS, **flags}), []
+    args = argparse.Namespace(**{**FLAGS, **flags})
+    rows = []
     for ranks in worlds:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-        model = script.build_sharded_model(args, torch.device("cpu"), init_device_mesh("cpu", (ranks,)))
+        model: Any = shapes(args)
+        script.shard_model(args, model, torch.device("cpu"), init_device_mesh("cpu", (ranks,)))
         shard = sum(p.to_local().nbytes for p in model.parameters())
         # Gradients are as large as the shards, and so is each of AdamW's two averages. It counts steps, too.
         counts = 4 * sum(1 for _ in model.parameters())
         row = {**flags, "ranks": ranks, "states": 4 * shard + counts}
         rows.append({**row, "ddp": 4 * sum(p.nbytes for p in model.parameters()) + counts})
-        sys.modules["switches"].forget_meshes()
+        release_meshes()
         dist.destroy_process_group()
     return rows
 
@@ -237,9 +245,9 @@ def bytes_measured(ranks: int) -> int:
     """What step 05 itself says that rank 0 holds after a step."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        own = [f"--snapshot-dir={folder}/s", f"--metrics={folder}/m", "--epochs=1", "--use-gpu=0"]
-        size = ["--model=vit", *bench.BIG, "--batch-size=8", f"--num-samples={8 * ranks}"]
-        bench.run([*words, bench.script("05"), *size, *own])
+        flags = [f"--snapshot-dir={folder}/s", f"--metrics={folder}/m", "--epochs=1", "--use-gpu=0"]
+        flags += ["--model=vit", *bench.BIG, "--batch-size=8", f"--num-samples={8 * ranks}"]
+        bench.run([*words, bench.script("05"), *flags])
         events = [json.loads(line) for line in Path(folder, "m").read_text().splitlines()]
     row = [event["ranks"][0] for event in events if event["event"] == "memory"][-1]
     return int(sum(row[:3]))

@@ -28,10 +28,10 @@ FLAGS = ["--num-samples=4096", "--batch-size=64", "--epochs=3", "--use-gpu=0"]
 
 
 def measure(link: tuple[float, float] | None, accumulate: int) -> tuple[float, float]:
-    """Train; the seconds of a step and the images/s of both nodes together."""
+    """Train; the seconds of a step and the samples/s of both nodes together."""
     with tempfile.TemporaryDirectory() as scratch, network(Path(scratch, "net"), 2, link) as net:
-        own = [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl"]
-        flags = [*FLAGS, f"--accumulate={accumulate}", *own]
+        flags = [*FLAGS, f"--accumulate={accumulate}"]
+        flags += [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl"]
         commands = commands_for(["node1", "node2"], "--nproc-per-node=1", "--", *flags)
         running = [host.start(commands[host.name], CUDA_VISIBLE_DEVICES="") for host in net.hosts]
         for process in running:
@@ -42,7 +42,7 @@ def measure(link: tuple[float, float] | None, accumulate: int) -> tuple[float, f
         lines = (net.hosts[0].disk / "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     warm = [event for event in events if event["event"] == "train" and event["epoch"] > 0]
-    rate = sum(event["images_per_s"] for event in warm) / len(warm)
+    rate = sum(event["samples_per_s"] for event in warm) / len(warm)
     return 2 * 64 * accumulate / rate, rate
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         cells = []
         for accumulate in ACCUMULATE:
             seconds, rate = measure(link, accumulate)
-            cells.append(f"{seconds:.3f} s a step, {rate:,.0f} images/s")
+            cells.append(f"{seconds:.3f} s a step, {rate:,.0f} samples/s")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

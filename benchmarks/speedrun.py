@@ -3,8 +3,8 @@
     python benchmarks/speedrun.py --data-dir data --seeds 30            # step 01
     python benchmarks/speedrun.py --data-dir data --seeds 30 --ranks 2  # step 03, the same global batch
 
-Each seed is a run of a step's script, started as a reader starts it. Prints accuracy and seconds of each,
-then their mean and standard deviation. The last line is JSON.
+Each seed is a run of a step with label smoothing, see benchmarks/label_smoothing.py. Prints accuracy and
+seconds of each, then their mean and standard deviation. The last line is JSON.
 
 What is left out: `train_seconds` are the training steps alone, as the script reports them. `wall_seconds` are
 all from the start of the process to the result on the terminal: importing torch, reading MNIST from the disk,
@@ -29,32 +29,30 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common.options import count_gpus, fail, whole_number  # noqa: E402
+from common.device import count_gpus  # noqa: E402
+from common.options import fail, whole_number  # noqa: E402
 
 GLOBAL_BATCH = 256
-RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle", "--smoothing=0.1"]
+RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle"]  # and what label_smoothing.py adds
 
 
-def command(ranks: int) -> list[str]:
+def command(ranks: int, precision: str) -> list[str]:
     """The recipe at so many ranks, all on this machine."""
-    batch = f"--batch-size={GLOBAL_BATCH // ranks}"
+    script = str(ROOT / "benchmarks" / "label_smoothing.py")
+    flags = [*RECIPE, f"--batch-size={GLOBAL_BATCH // ranks}", f"--precision={precision}"]
     if ranks == 1:
-        return [sys.executable, str(ROOT / "01_single_gpu" / "train.py"), *RECIPE, batch]
+        return [sys.executable, script, "01", *flags]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*torchrun, str(ROOT / "03_multigpu_torchrun" / "train.py"), *RECIPE, batch]
+    return [*torchrun, script, "03", *flags]
 
 
 def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float]:
     """Start the script: accuracy in percent, seconds of training, seconds until the result is printed."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [
-            f"--seed={seed}",
-            f"--data-dir={data_dir}",
-            f"--snapshot-dir={folder}",
-            f"--metrics={folder}/m",
-        ]
+        flags = [f"--seed={seed}", f"--data-dir={data_dir}"]
+        flags += [f"--snapshot-dir={folder}", f"--metrics={folder}/m"]
         begun = time.perf_counter()
-        process = subprocess.Popen([*words, *own], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         wall = 0.0
         for line in process.stdout:
@@ -81,14 +79,15 @@ def machine() -> str:
 def main(args: argparse.Namespace) -> None:
     if GLOBAL_BATCH % args.ranks:
         fail(f"--ranks {args.ranks} does not divide the global batch of {GLOBAL_BATCH}: take 1, 2, 4 or 8")
-    words = command(args.ranks)
+    words = command(args.ranks, args.precision)
     print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
     runs = []
     for seed in range(args.seeds):
         runs.append(run(words, seed, args.data_dir))
         print("seed {:2}  {:.2f}%  {:.1f} s of training, {:.1f} s in all".format(seed, *runs[-1]), flush=True)
     accuracies, trained, walls = (list(column) for column in zip(*runs, strict=True))
-    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+    mean = statistics.mean(accuracies)
+    deviation = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
     print(f"n {len(runs)}, mean {mean:.3f}%, standard deviation {deviation:.3f}")
     result = {
         "n": len(runs),
@@ -97,6 +96,7 @@ def main(args: argparse.Namespace) -> None:
         "train_seconds": round(statistics.mean(trained), 2),
         "wall_seconds": round(statistics.mean(walls), 2),
         "ranks": args.ranks,
+        "precision": args.precision,
         "machine": machine(),
         "torch": importlib.metadata.version("torch"),
         "accuracies": [round(accuracy, 2) for accuracy in accuracies],
@@ -111,4 +111,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
     parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help="how many runs (5)")
     parser.add_argument("--ranks", type=whole_number, default=1, metavar="N", help="processes, 1 or more (1)")
+    parser.add_argument(
+        "--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 unless given"
+    )
     main(parser.parse_args())

@@ -22,23 +22,26 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
+from common.device import setup_device  # noqa: E402
 from common.mnist import Digits, load_mnist  # noqa: E402
 from common.models import MEAN, STD  # noqa: E402
-from common.options import make_parser, pick_device  # noqa: E402
+from common.options import make_parser  # noqa: E402
 
 
 def big_net() -> nn.Module:
     """The net of pytorch/examples: two convolutions without padding, dropout, 1,199,882 parameters."""
     return nn.Sequential(
-        *(
-            nn.Conv2d(1, 32, 3),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Dropout2d(0.25),
-        ),
-        *(nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout2d(0.25),
+        nn.Flatten(),
+        nn.Linear(64 * 12 * 12, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, 10),
     )
 
 
@@ -46,7 +49,8 @@ class Pictures(Dataset[Any]):
     """Digits one by one, as torchvision.datasets.MNIST hands them out."""
 
     def __init__(self, digits: Digits, transform: Callable[[Image.Image], torch.Tensor]):
-        self.digits, self.transform = digits, transform
+        self.digits = digits
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -62,13 +66,14 @@ def main() -> None:
         "--until", type=float, default=100.0, metavar="X", help="end when X %% are right (100)"
     )
     args = parser.parse_args()
-    device = pick_device(args.use_gpu)
+    device = setup_device(args.use_gpu)
     digits, test = load_mnist(args.data_dir, args.num_samples)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    on_gpu: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
-    how = on_gpu if device.type != "cpu" else {}
-    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **how)
-    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **how)
+    options: dict[str, Any] = {}
+    if device.type != "cpu":
+        options = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
+    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **options)
+    test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **options)
     model = big_net().to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
@@ -84,12 +89,12 @@ def main() -> None:
                 loss.item()
         scheduler.step()
         model.eval()
-        right = 0
+        correct = 0
         with torch.no_grad():
             for data, target in test_loader:
-                right += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
-        print(100 * right / len(test), flush=True)
-        if 100 * right >= args.until * len(test):
+                correct += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
+        print(100 * correct / len(test), flush=True)
+        if 100 * correct >= args.until * len(test):
             return
 
 

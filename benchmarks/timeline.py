@@ -37,14 +37,9 @@ def trace(step: str, flags: list[str]) -> list[list[dict[str, Any]]]:
         launch = [sys.executable, bench.script(step), f"--world-size={bench.RANKS}"]
         if step != "02":
             launch = [*bench.TORCHRUN, bench.script(step)]
-        own = [
-            "--num-samples=8192",
-            "--epochs=1",
-            "--use-gpu=0",
-            f"--profile={folder}/p",
-            f"--snapshot-dir={folder}/s",
-        ]
-        bench.run([*launch, *flags, *own], OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="5")
+        flags = [*flags, "--num-samples=8192", "--epochs=1", "--use-gpu=0"]
+        flags += [f"--profile={folder}/p", f"--snapshot-dir={folder}/s"]
+        bench.run([*launch, *flags], OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="5")
         files = [json.loads(path.read_text()) for path in sorted(Path(folder, "p").iterdir())]
     for file in files:
         for event in file["traceEvents"]:
@@ -80,10 +75,12 @@ def parts(events: list[dict[str, Any]], zero: float) -> list[Part]:
     losses, backward = spans("aten::cross_entropy_loss"), spans("autograd::engine::evaluate_function")
     before = zeroed[-1][1]
     for (_, loss), (after, _) in zip(losses, [*losses[1:], (update, 0.0)], strict=True):
-        own = [span for span in backward if loss <= span[0] < after]
-        found += [("forward", before, own[0][0]), ("backward", own[0][0], max(end for _, end in own))]
+        functions = [span for span in backward if loss <= span[0] < after]
+        begin = functions[0][0]
+        found += [("forward", before, begin), ("backward", begin, max(end for _, end in functions))]
         before = found[-1][2]
-    # The vote on stopping is an all-reduce, too: one that nothing in forward and backward has begun.
+    # The all-reduces before the optimizer's step add up the targets, and then the gradients. The vote on
+    # stopping begins after it, and may run in the next step.
     issued = [begin for begin, _ in spans("c10d::allreduce_", "c10d::_reduce_scatter") if begin < update]
     talks = spans("gloo:")
     for begin, end in talks:
@@ -104,9 +101,8 @@ def timeline(step: str) -> dict[str, Any]:
     ranks = trace(step, STEPS[step])
     zero = min(event["ts"] for events in ranks for event in events if event["name"] == RECORDED)
     found = [[(kind, round(a, 3), round(b, 3)) for kind, a, b in parts(events, zero)] for events in ranks]
-    whole = max(
-        end for rank in found for kind, _, end in rank if kind != "vote"
-    )  # it may end in the next step
+    # A vote may end in the next step.
+    whole = max(end for rank in found for kind, _, end in rank if kind != "vote")
     return {"machine": speedrun.machine(), "flags": STEPS[step], "milliseconds": whole, "ranks": found}
 
 

@@ -1,18 +1,12 @@
 """MNIST as one tensor, or synthetic digits in its place: an index makes a batch, and no PIL picture."""
 
-import argparse
-import atexit
 import http.client
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
-import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -38,41 +32,20 @@ class Digits(TensorDataset):
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, name: str, fallback: str = ""):
         super().__init__(images, labels)
-        self.images, self.labels, self.name, self.fallback = images, labels, name, fallback
+        self.images = images
+        self.labels = labels
+        self.name = name
+        self.fallback = fallback
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
-        return self[torch.tensor(indices, dtype=torch.int64)]  # of a rank without images, too
+        return self[torch.tensor(indices, dtype=torch.int64)]
 
     def checksum(self) -> str:
-        """Of name and content, to compare nodes by."""
-        return f"{self.name} {zlib.crc32(self.labels.numpy().data, zlib.crc32(self.images.numpy().data)):08x}"
-
-
-def fast(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """DataLoader's arguments for `Digits`: the batch is a tuple already, which `tuple` returns as it is."""
-    # In each epoch it draws a seed for workers: by default of those random numbers that snapshots keep.
-    own, workers = torch.Generator().manual_seed(torch.initial_seed()), args.num_workers
-    how: dict[str, Any] = {"collate_fn": tuple, "pin_memory": device.type != "cpu", "generator": own}
-    how |= {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": ignore_signals}
-    if workers > 0 and sys.platform == "linux":
-        # Python 3.14 would let a server start the workers. A SIGTERM to all processes would end it, and them.
-        how["multiprocessing_context"] = "fork"
-    return how
-
-
-def ignore_signals(worker: int) -> None:
-    """In a worker process: a signal is for the rank, which wants batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers() -> None:
-    """When an error keeps a loader alive: Python would send SIGTERM, which they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch would report them as lost
-    for worker in (child for child in multiprocessing.active_children() if child.daemon):  # no rank is
-        worker.kill()
+        """Name and CRC-32 of the content, to compare nodes by."""
+        crc = zlib.crc32(self.images.numpy().data)
+        crc = zlib.crc32(self.labels.numpy().data, crc)
+        return f"{self.name} {crc:08x}"
 
 
 def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, Digits]:
@@ -80,54 +53,78 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
 
     Or synthetic digits: `num_samples`, and a sixth of it to test on; 60,000 without network and files.
     """
-    raw, fallback = data_dir / "MNIST" / "raw", ""
-    if num_samples is None:
-        if not (problem := download(data_dir, raw)):
-            train_images, train_labels, test_images, test_labels = (read(raw / name) for name in FILES)
-            return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
+    if num_samples is not None:
+        return synthetic(num_samples)
+    raw = data_dir / "MNIST" / "raw"
+    problem = download(data_dir, raw)
+    if problem:
         fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
         warn(fallback)
-    count = num_samples or FALLBACK
+        return synthetic(FALLBACK, fallback)
+    train_images, train_labels, test_images, test_labels = [read(raw / name) for name in FILES]
+    return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
+
+
+def synthetic(count: int, fallback: str = "") -> tuple[Digits, Digits]:
+    """`count` synthetic digits to train on, and a sixth of it to test on."""
     name = f"synthetic-{count}"
     # Fixed seeds: the data is the same whatever `--seed` says, and on every rank.
-    train, test = synthetic_digits(count, seed=0), synthetic_digits(max(1, count // 6), seed=1)
-    return Digits(*train, name, fallback), Digits(*test, name, fallback)
+    train_images, train_labels = synthetic_digits(count, seed=0)
+    test_images, test_labels = synthetic_digits(max(1, count // 6), seed=1)
+    train_data = Digits(train_images, train_labels, name, fallback)
+    test_data = Digits(test_images, test_labels, name, fallback)
+    return train_data, test_data
 
 
 def read(path: Path) -> torch.Tensor:
     """One of MNIST's files as uint8 images (N, 28, 28) or int64 labels (N,); `fail`s if it is damaged."""
-    how = f"delete {path} to download it again, or point --data-dir elsewhere"
+    remedy = f"delete {path} to download it again, or point --data-dir elsewhere"
     try:
         content = path.read_bytes()
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}; make it readable or point --data-dir elsewhere")
-    header = 16 if (images := "images" in path.name) else 8
+    holds_images = "images" in path.name
+    header_size = 16 if holds_images else 8
     # The third byte is the type (8: unsigned bytes), the fourth the number of dimensions.
-    if len(content) != FILES[path.name] or content[:4] != bytes([0, 0, 8, 3 if images else 1]):
-        fail(f"{path} is damaged: {len(content):,} bytes of {FILES[path.name]:,}, or a wrong header; {how}")
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
-    if not images and data.max() > 9:
-        fail(f"{path} is damaged: it holds a label above 9; {how}")
-    return data.view(-1, 28, 28) if images else data.long()
+    magic = bytes([0, 0, 8, 3 if holds_images else 1])
+    if len(content) != FILES[path.name] or not content.startswith(magic):
+        sizes = f"{len(content):,} bytes of {FILES[path.name]:,}"
+        fail(f"{path} is damaged: {sizes}, or a wrong header; {remedy}")
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header_size)
+    if holds_images:
+        return data.view(-1, 28, 28)
+    if data.max() > 9:
+        fail(f"{path} is damaged: it holds a label above 9; {remedy}")
+    return data.long()
 
 
 def download(data_dir: Path, raw: Path) -> str:
-    """Let one process download MNIST to `raw` if need be; returns "", or why no mirror served. May `fail`."""
-    asked, failure = time.time(), data_dir / ".mnist-download-failed"
+    """Let one process download MNIST to `raw` if need be; returns "", or why no mirror served. May `fail`.
+
+    The processes that wait for it take its answer, which a file keeps. If each tried by itself, one might
+    succeed where another has failed, and the ranks would train on different data.
+    """
+    started = time.time()
+    failure = data_dir / ".mnist-download-failed"
     try:
-        if all((raw / name).exists() for name in FILES):
+        if is_complete(raw):
             return ""
         with FileLock(data_dir / ".mnist-download-lock"):  # makes the folder, too
-            if all((raw / name).exists() for name in FILES):
+            if is_complete(raw):
                 return ""
-            # Somebody tried while this process waited for the lock: all of them go by the same answer.
-            if failure.exists() and failure.stat().st_mtime >= asked:
+            if failure.exists() and failure.stat().st_mtime >= started:
                 return failure.read_text()
-            if problem := fetch(data_dir, raw):
+            problem = fetch(data_dir, raw)
+            if problem:
                 failure.write_text(problem)
             return problem
     except OSError as error:
         fail(f"cannot download MNIST to {data_dir}: {error.strerror or error}; point --data-dir elsewhere")
+
+
+def is_complete(raw: Path) -> bool:
+    """Whether all files of MNIST are in the folder `raw`."""
+    return all((raw / name).exists() for name in FILES)
 
 
 def fetch(data_dir: Path, raw: Path) -> str:
@@ -140,7 +137,8 @@ def fetch(data_dir: Path, raw: Path) -> str:
     try:
         MNIST(partial, download=True)
     except (RuntimeError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
+        reason = str(error).strip() or type(error).__name__
+        return reason.splitlines()[-1].strip("<>")
     finally:
         socket.setdefaulttimeout(None)
     # A file appears in `raw` under its name when it is whole, not before.

@@ -5,11 +5,11 @@ versions of Python and torch that wrote it, then the CRC-32 of everything before
 Step 05's is a folder, see 05_fsdp/sharded.py.
 """
 
-import argparse
 import contextlib
 import os
 import platform
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from common.options import fail, warn
-from common.process_group import others_wait
+from common.process_group import gather_objects, keep_alive
 from common.reporting import Reporter
+from common.run import Run
 
 FORMAT = 3
 WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode()[:64].ljust(64)
@@ -47,17 +49,10 @@ def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def complete(args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
-    """`state` with what a run must have in common with the one that goes on from it, and its flags."""
-    flags = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    same = {"format": FORMAT, "run": args.run, "precision": args.precision, "seed": args.seed}
-    return {**state, **same, "flags": flags}
-
-
 class ChecksumFile:
     """A file for `torch.save` that computes the CRC-32 of all that is written to it.
 
-    It keeps the first OSError and lets torch go on, because torch would put an error of its own in its place.
+    It keeps the first OSError and lets torch continue, because torch would raise an error of its own instead.
     """
 
     def __init__(self, file: BinaryIO):
@@ -96,7 +91,8 @@ def write(path: Path, state: dict[str, Any]) -> None:
                 raise checked.error
             file.flush()
             os.fsync(file.fileno())
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
+        with only_tensors():
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(temporary)
         if refused:
             raise TypeError(f"{max(refused)} cannot be in a snapshot, only tensors, numbers and strings")
         os.replace(temporary, path)
@@ -107,33 +103,21 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` survive a power cut, where that can be asked for: not on all disks."""
-    with contextlib.suppress(OSError), contextlib.ExitStack() as end:
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-        end.callback(os.close, descriptor)
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def save(args: argparse.Namespace, **state: Any) -> None:
-    """Write `state`, of tensors, numbers and strings, to a new file; keep the newest three. May `fail`."""
-    path = path_of(args.snapshot_dir, state["global_step"])
-    try:
-        write(path, complete(args, state))
-        for old in [*snapshots(path.parent)[KEEP:], *path.parent.glob(".snapshot-*.tmp")]:
-            old.unlink()
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
-    except TypeError as error:
-        fail(f"cannot write {path}: {error}")
-    if args.verbose:
-        print(f"[rank {dist.get_rank() if dist.is_initialized() else 0}] saved {path}", flush=True)
-
-
-def checksum(file: BinaryIO, size: int = 1 << 62) -> int:
+def checksum(file: BinaryIO, size: int | None = None) -> int:
     """The CRC-32 of the next `size` bytes of `file`, or of all that are left."""
     crc = 0
-    while chunk := file.read(max(0, min(size, CHUNK))):
+    left = sys.maxsize if size is None else max(0, size)
+    while chunk := file.read(min(left, CHUNK)):
         crc = zlib.crc32(chunk, crc)
-        size -= len(chunk)
+        left -= len(chunk)
     return crc
 
 
@@ -194,87 +178,139 @@ def check_folder(folder: Path) -> None:
         fail(f"cannot write to {folder}: {error.strerror}; {REMEDY}")
 
 
-def load_newest(args: argparse.Namespace, read_shards: Any = None, alike: bool = True) -> Any:
-    """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
+class SnapshotFolder:
+    """The snapshots of a `run` in the folder `path`, of which the newest three are kept.
 
-    A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when it is
-    of another run, precision, seed or format, when the folder can't be written, or when ranks must start
-    `alike` and do not. With `read_shards`, in place of `read`, snapshots are folders.
+    Without a `path` it is `checkpoints/<step>/<run>`. A snapshot of another run is refused. With
+    `read_shards`, which is sharded.read, snapshots are folders.
     """
-    folder, sharded = args.snapshot_dir, read_shards is not None
-    check_folder(folder)
-    paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)
-    if others and (not paths or step_of(others[0]) > step_of(paths[0])):
-        kind = f"is {'no' if sharded else 'a'} sharded snapshot"
-        fail(f"{others[0]} {kind}; to go on from it: python 05_fsdp/convert.py {others[0]}")
-    if sharded and dist.is_initialized():  # all ranks have to read the same ones
-        found = gathered((args.run, [path.name for path in paths]))
-        newest = [(run, step_of(Path(names[0])) if names else None) for run, names in found]
-        check_alike(newest)
-        paths = [folder / name for name in found[0][1]]
-    state: Any = None
-    damaged: list[str] = []
-    # Reading may take one rank longer than another. Step 05's waits for the others by itself.
-    with contextlib.nullcontext() if sharded else others_wait():
-        for path in paths:
-            state, problem = (read_shards or read)(path)
-            if not problem:
-                break
-            damaged.append(f"{path} is damaged ({problem})")
-    if damaged and len(damaged) == len(paths):
-        fail(f"{'; '.join(damaged)}; no snapshot is left, delete {folder} to start afresh")
-    for report in damaged:
-        warn(f"{report}; using {path} instead")
-    for name, ours in complete(args, {}).items():
-        if state and name != "flags" and state.get(name) != ours:
-            both = f"was made with {name} {state.get(name)}, this run has {name} {ours}"
-            by = f" ({written_by(state)})" if name == "format" else ""
-            fail(f"{path} {both}{by}: use the same, or another --snapshot-dir")
-    if alike and dist.is_initialized():
-        check_alike(gathered((args.run, state["global_step"] if state else None)))
-    return state
+
+    def __init__(self, path: Path | None, run: Run, verbose: bool = False, read_shards: Any = None):
+        self.path = path or Path("checkpoints", run.step, run.name)
+        self.identity = {"format": FORMAT, **run.identity()}
+        self.verbose = verbose
+        self.read_shards = read_shards
+
+    def save(self, **state: Any) -> None:
+        """Write `state`, of tensors, numbers and strings, to a new file; delete old ones. May `fail`."""
+        path = path_of(self.path, state["global_step"])
+        try:
+            write(path, {**state, **self.identity})
+            delete_old(self.path)
+        except OSError as error:
+            fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
+        except TypeError as error:
+            fail(f"cannot write {path}: {error}")
+        if self.verbose:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            print(f"[rank {rank}] saved {path}", flush=True)
+
+    def load_newest(self, same_on_all_ranks: bool = True) -> Any:
+        """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
+
+        A damaged one is reported by name and the one before it is taken. `fail`s when none is whole, when the
+        newest belongs to another run, when the folder cannot be written to, or when the ranks must load the
+        same one and do not.
+        """
+        check_folder(self.path)
+        paths = self.candidates()
+        state: Any = None
+        problems: list[str] = []
+        read_one = self.read_shards or read
+        # Reading may take one rank longer than another. sharded.read sees to that itself.
+        waiting = contextlib.nullcontext() if self.read_shards else keep_alive()
+        with waiting:
+            for path in paths:
+                state, problem = read_one(path)
+                if not problem:
+                    break
+                problems.append(f"{path} is damaged ({problem})")
+        if problems and len(problems) == len(paths):
+            fail(f"{'; '.join(problems)}; no snapshot is left, delete {self.path} to start again")
+        for problem in problems:
+            warn(f"{problem}; using {path} instead")
+        if state:
+            self.check_identity(path, state)
+            state["path"] = path
+        if same_on_all_ranks and dist.is_initialized():
+            check_same_start(self.identity, state["global_step"] if state else None)
+        return state
+
+    def candidates(self) -> list[Path]:
+        """The snapshots to try, newest first. `fail`s if a newer one is of the other kind."""
+        sharded = self.read_shards is not None
+        paths = snapshots(self.path, sharded)
+        others = snapshots(self.path, not sharded)
+        if others and (not paths or step_of(others[0]) > step_of(paths[0])):
+            kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
+            fail(f"{others[0]} {kind}; to resume from it: python 05_fsdp/convert.py {others[0]}")
+        if sharded and dist.is_initialized():  # all ranks have to read the same ones
+            check_same_start(self.identity, step_of(paths[0]) if paths else None)
+            names = gather_objects([path.name for path in paths])[0]
+            paths = [self.path / name for name in names]
+        return paths
+
+    def check_identity(self, path: Path, state: dict[str, Any]) -> None:
+        """`fail` if `state`, from the snapshot `path`, belongs to another run."""
+        for name, value in self.identity.items():
+            if state.get(name) != value:
+                difference = f"was made with {name} {state.get(name)}, this run has {name} {value}"
+                writer = f" ({written_by(state)})" if name == "format" else ""
+                fail(f"{path} {difference}{writer}: use the same, or another --snapshot-dir")
 
 
-def gathered(mine: Any) -> list[Any]:
-    """What each rank has given."""
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    return everybody
+def delete_old(folder: Path) -> None:
+    """Delete all files of snapshots but the newest three, and unfinished ones. Raises OSError."""
+    for path in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
+        path.unlink()
 
 
-def check_alike(starts: list[tuple[str, int | None]]) -> None:
-    """`fail` unless all ranks start from the same run and global step."""
+def check_same_start(identity: dict[str, Any], global_step: int | None) -> None:
+    """`fail` unless all ranks start from the same run and global step. All ranks call it."""
+    starts = gather_objects((identity["run"], global_step))
     if len(set(starts)) > 1:
         fail(f"the ranks do not start from the same place (run, step): {starts}; use one disk for all")
 
 
 def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The state of every rank's random numbers, on the CPU and on its `device`; all ranks must call it."""
-    mine = {"cpu": torch.get_rng_state()}
+    """The state of torch's random numbers on every rank, for CPU and `device`. All ranks call it."""
+    state = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        mine["gpu"] = torch.get_device_module(device).get_rng_state()
-    states = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(states, mine)
-    return states
+        state["gpu"] = torch.get_device_module(device).get_rng_state()
+    return gather_objects(state) if dist.is_initialized() else [state]
 
 
-def resume(state: dict[str, Any], report: Reporter) -> tuple[int, int, int]:
-    """Go on from a snapshot, with this rank's random numbers: returns epoch, samples seen in it, global step.
+def restore_rng(
+    state: dict[str, Any], device: torch.device, workers: torch.Generator, report: Reporter
+) -> None:
+    """Continue with the random numbers of this rank in the snapshot `state`, as `rng_states` gave them.
 
-    With other ranks or devices random numbers begin anew, and samples are rounded up to a multiple of ranks.
+    With another number of ranks, or another kind of device, they start from a new seed. `workers` is the
+    generator from which the DataLoader takes its workers' seeds. It continues from another place, so that
+    workers that augment do not repeat what they drew before the interruption.
     """
-    ranks, epoch, step = report.world_size, state["epoch"], state["global_step"]
-    on_gpu = report.device.type != "cpu"
-    if len(state["rng"]) == ranks and all(("gpu" in each) == on_gpu for each in state["rng"]):
-        mine = state["rng"][report.rank]
-        torch.set_rng_state(mine["cpu"])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    states = state["rng"]
+    on_gpu = device.type != "cpu"
+    same_devices = all(("gpu" in rank_state) == on_gpu for rank_state in states)
+    report.say(f"resumed from {state['path'].parent}: epoch {state['epoch']}, step {state['global_step']}")
+    if len(states) == world_size and same_devices:
+        torch.set_rng_state(states[rank]["cpu"])
         if on_gpu:
-            torch.get_device_module(report.device).set_rng_state(mine["gpu"])
+            torch.get_device_module(device).set_rng_state(states[rank]["gpu"])
     else:
-        torch.manual_seed(zlib.crc32(f"{state['seed']} {step} {report.rank}".encode()))
-        report.detail(f"random numbers begin anew: the snapshot is of {len(state['rng'])} ranks")
-    for group in state.get("optimizer", state)["param_groups"]:
-        group.update(fused=on_gpu)  # as this run's are, before an optimizer loads them
-    report.say(f"resumed from {report.args.snapshot_dir}: epoch {epoch}, step {step}")
-    return epoch, -(-state["samples_seen"] // ranks) * ranks, step
+        torch.manual_seed(zlib.crc32(f"{state['seed']} {state['global_step']} {rank}".encode()))
+        saved_by = f"{len(states)} ranks" if len(states) != world_size else "other devices"
+        report.detail(f"random numbers start from a new seed: the snapshot is of {saved_by}")
+    workers.manual_seed(torch.initial_seed() + state["global_step"])
+
+
+def keep_kernels(saved_groups: list[dict[str, Any]], optimizer: Optimizer) -> None:
+    """Before `optimizer` loads `saved_groups`: let it compute as it was built to, on this device."""
+    for saved, built in zip(
+        saved_groups, optimizer.param_groups, strict=False
+    ):  # else load_state_dict says so
+        for name in ("fused", "foreach"):
+            if name in built:
+                saved[name] = built[name]

@@ -82,7 +82,7 @@ SCRIPT = """\
 The cells of this section write `{name}`. In the end it is [`train.py`](train.py), byte for byte."""
 RUN = """\
 %%bash
-rm -rf checkpoints/walkthrough-{step}  # or the run would go on with the snapshot of the last one
+rm -rf checkpoints/walkthrough-{step}  # or the run would resume from the snapshot of the last one
 {command} \\
     --num-samples 2560 --epochs 2 \\
     --snapshot-dir checkpoints/walkthrough-{step} --metrics checkpoints/walkthrough-{step}/metrics.jsonl"""

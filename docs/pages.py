@@ -1,7 +1,7 @@
 """Fills the pages: what comes from a script or a run stands between marks, and is made anew.
 
     <!-- diff                        lines of the two scripts of a step's page, see pieces.py
-    Trainer.evaluate "sampler=part"
+    Trainer.evaluate "metrics = "
     -->
 
     <!-- output: COMMAND             what the command has printed, from benchmarks/results/outputs.json:

@@ -34,7 +34,7 @@ def bench_rows() -> list[dict[str, Any]]:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers in a text like `5,368 and 5,917 images/s`."""
+    """The numbers in a text like `5,368 and 5,917 samples/s`."""
     return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
 
 
@@ -76,7 +76,7 @@ def scaling(figure: Figure) -> None:
     axes.set_xticks(places, [bar[0] for bar in bars])
     axes.set_ylim(0, max(bar[1] for bar in bars) * 1.25)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel("images/s of both together")
+    axes.set_ylabel("samples/s of both together")
 
 
 def memory(figure: Figure) -> None:

@@ -4,9 +4,9 @@ A page asks for pieces in a comment in front of a block, one a line:
 
     <!-- diff
     worker
-    Trainer.evaluate "sampler=part"
-    Trainer.__init__ line "DDP(model)"
-    build_sharded_model "for unit in units" … "last: it takes"
+    Trainer.evaluate "metrics = "
+    Trainer.__init__ line "self.rank"
+    shard_model "for unit in units" … "last: it takes"
     -->
 
 A function's name alone stands for all its changed lines. With words, it stands for the run of changed lines

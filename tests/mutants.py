@@ -286,7 +286,7 @@ class Lane:
             return {"killer": "", "why": why, "ran": [], "measured": [], "skipped": [], "status": -1}
         finally:
             place.write_bytes(right)
-            self.sweep()
+            self.delete_old()
 
     def catches(self, mutant: Mutant, test: str) -> dict[str, Any]:
         """What judge.py says of the test that is known to catch a mutant; asked up to three times.
@@ -314,7 +314,7 @@ class Lane:
             if not tests:
                 return {**found, "ran": ran, "killer": "", "why": f"{killer} failed once, and not again"}
 
-    def sweep(self) -> None:
+    def delete_old(self) -> None:
         """End what a test in a mutant has left: whatever stands in this lane's folder."""
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -452,7 +452,7 @@ def in_lanes(lanes: list[Lane], run: Any, work: list[Any], bar: Any = None) -> N
         except BaseException:  # in a lane, or Ctrl-C here: all end
             left.clear()
             for lane in lanes:
-                lane.sweep()
+                lane.delete_old()
             raise
 
 
@@ -588,8 +588,9 @@ INTRODUCTION = """# Which lines the tests guard
 `make mutants` takes out one place of the code after another, or turns it around, and runs the tests that come
 to it until one fails ([tests/mutants.py](../tests/mutants.py) says which places, and how). It has written
 this page; [tests/mutants.jsonl](../tests/mutants.jsonl) names for each mutant the test that catches it.
-Known are those that were tried, and those that [harmless.toml](../tests/harmless.toml) excuses: most of these
-were not tried. Neither they nor the unknown ones count as caught.
+Known are those that were tried since their line was last changed, and those that
+[harmless.toml](../tests/harmless.toml) excuses: most of these were not tried, and do not count as caught.
+The score is of those that are known.
 """
 
 
@@ -603,7 +604,7 @@ def report(everything: list[Mutant], results: dict[tuple[Any, ...], str]) -> str
     for name, mutants in groups.items():
         tried = [results[mutant.key] for mutant in mutants if mutant.key in results]
         caught = sum(map(bool, tried))
-        score = f"{caught / len(mutants):.1%}"  # what is not tried is not caught
+        score = f"{caught / max(1, len(tried)):.1%}"
         rows.append(f"| {name} | {len(mutants)} | {len(tried)} | {caught} | {score} |")
     by = collections.Counter(re.sub(r"\[.*", "", test) for test in results.values() if test)
     rows += ["", "## By which tests", "", "| test | catches |", "|---|---:|"]

@@ -202,9 +202,7 @@ def interrupted_run(
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         before = last_saved(folder / "snapshots")
         if kind.endswith("in a save") and before and before % EPOCH == 0:
-            kind = (
-                "everything"  # the epoch's end saves the same step once more, and would sweep the pipe away
-            )
+            kind = "everything"  # the epoch's end saves the same step once more, and deletes the pipe
         stuck = StuckSave(step, ranks, folder, rng) if kind.endswith("in a save") else None
         # Each interruption comes in its own part of what is left.
         part = (LAST - ROOM - before) // (len(kinds) - number)
@@ -247,7 +245,7 @@ def restarted_run(step: str, ranks: int, seed: int, folder: Path, expected: dict
     status, text, _ = finish(life)
     line = f"step {step}, ranks {ranks}, seed {seed}: torchrun restarts after one rank is killed {moment}"
     assert status == 0, f"{line}\n{life.story}"
-    starts = text.count("images a step")
+    starts = text.count("samples a step")
     assert starts == 2, f"{line}: {starts} starts, not 2\n{life.story}"
     check_end(folder, expected, f"{line}\n{life.story}")
     return [line]

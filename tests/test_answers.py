@@ -79,7 +79,7 @@ def test_step_03_trains_without_libuv(tmp_path):
     process = start([*command("03", 2), *flags], tmp_path, USE_LIBUV="0", TORCH_CPP_LOG_LEVEL="INFO")
     status, out, err = finish(process)
     print(out, err)
-    assert status == 0 and "done: 256 images" in out
+    assert status == 0 and "done: 256 samples" in out
 
 
 # --- DDP
@@ -112,7 +112,7 @@ def test_a_layer_that_a_rank_skips(tmp_path, ranks):
     words = quoted("02", "Expected to have finished reduction in the prior iteration")
     status, out, err = torchrun(tmp_path, ranks, UNUSED)
     assert status == 1 and words in err and "trained" not in out
-    quoted("02", "DDP(model, find_unused_parameters=True)")
+    quoted("02", "DDP(model, find_unused_parameters=True")
     status, out, err = torchrun(tmp_path, ranks, UNUSED, "fixed")
     assert status == 0 and out.count("trained") == ranks
 
@@ -171,9 +171,9 @@ def test_less_data_than_a_global_batch(tmp_path, step, ranks):
     status, _out, err = finish(start([*command(step, ranks), *flags], tmp_path))
     print(err)
     assert status == (1 if step > "02" else 2)  # torchrun's, which does not hand on the ranks' 2
-    said = f"error: a step takes {64 * ranks} images, synthetic-{few} has {few}: lower --batch-size"
+    said = f"error: a step takes {64 * ranks} samples, synthetic-{few} has {few}: lower --batch-size"
     assert errors(err) == [said]
-    quoted("01", "error: a step takes 64 images, … has 63: lower --batch-size")
+    quoted("01", "error: a step takes 64 samples, … has 63: lower --batch-size")
 
 
 class Stream(IterableDataset):
@@ -261,7 +261,7 @@ def test_a_small_dev_shm(tmp_path):
         finish(process)
     status, out, _ = finish(begin("--num-workers=0"))
     print(out)
-    assert status == 0 and "done: 4,000 images" in out
+    assert status == 0 and "done: 4,000 samples" in out
 
 
 def test_torchrun_can_be_told_of_usr1():

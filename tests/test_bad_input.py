@@ -22,7 +22,7 @@ DIGITS = "--num-samples=128"
 ANOTHER = "choose another --metrics or --profile"
 
 # One rank as torchrun would start it. Port 0: any free one, which is enough for a rank that is alone.
-ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -88,8 +88,7 @@ FLAGS = {
     "--lr=nan": "must be a number above 0",
     "--lr=inf": "must be a number above 0",
     "--lr=fast": "must be a number above 0",
-    "--smoothing=0": "must be a number above 0 and below 1, not '0'",
-    "--smoothing=1": "must be a number above 0 and below 1, not '1'",
+    "--eval-batch-size=0": "must be a whole number from 1 to 1000000000, not '0'",
     "--schedule=cosine": "--schedule: invalid choice: 'cosine'",
     "--seed=-1": "must be a whole number from 0 to 4294967295, not '-1'",
     "--seed=4294967296": "must be a whole number from 0 to 4294967295",
@@ -116,15 +115,15 @@ FLAGS = {
     "02 --world-size=all": WHOLE,
     "04 --accumulate=0": WHOLE,
     "04 --clip-norm=0": "must be a number above 0",
-    "04 --timeout=0": WHOLE,
-    "04 --timeout=99999999999": WHOLE,
+    "04 --timeout=0": WHOLE.replace("from 1", "from 5"),
+    "04 --timeout=99999999999": WHOLE.replace("from 1", "from 5"),
     "05 --accumulate=0": WHOLE,
     "05 --clip-norm=nan": "must be a number above 0",
-    "05 --timeout=soon": WHOLE,
+    "05 --timeout=soon": WHOLE.replace("from 1", "from 5"),
     "05 --replicas=0": WHOLE,
     "05 --replicas=2": "--replicas 2 must divide the 1 ranks",
-    f"{DIGITS} --batch-size=129": "a step takes 129 images, synthetic-128 has 128: lower --batch-size",
-    "--num-samples=1 --batch-size=2": "a step takes 2 images, synthetic-1 has 1",
+    f"{DIGITS} --batch-size=129": "a step takes 129 samples, synthetic-128 has 128: lower --batch-size",
+    "--num-samples=1 --batch-size=2": "a step takes 2 samples, synthetic-1 has 1",
     "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
     "--data-dir=file": "cannot download MNIST to file: File exists; point --data-dir elsewhere",
     "--data-dir=file/below": "cannot download MNIST to file/below: Not a directory",
@@ -211,7 +210,7 @@ OTHER = {
 
 def plain_snapshot(path, **changed):
     state = {"format": FORMAT, "run": "cnn-synthetic-128", "seed": 0, "precision": "float32"}
-    state |= {"epoch": 0, "samples_seen": 0, "rng": [], "flags": {}}
+    state |= {"epoch": 0, "samples_seen": 0, "rng": []}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, {**state, "global_step": 1, **changed})
 
@@ -244,7 +243,7 @@ def test_no_snapshot_can_be_used(tmp_path, step, what):
         path = folder / "snapshot-00000001" / "state.pt"
     UNUSABLE[what](path)
     result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
-    check(result, "no snapshot is left, delete snapshots to start afresh")
+    check(result, "no snapshot is left, delete snapshots to start again")
     assert path.exists()
 
 
@@ -253,22 +252,13 @@ def test_the_other_kind_of_snapshot(tmp_path, step):
     path = tmp_path / "snapshots" / ("snapshot-00000009.pt" if step == "05" else "snapshot-00000009")
     path.mkdir(parents=True)
     result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
-    check(result, "to go on from it: python 05_fsdp/convert.py snapshots/snapshot-00000009")
+    check(result, "to resume from it: python 05_fsdp/convert.py snapshots/snapshot-00000009")
 
 
 HOW = "use torchrun: torchrun --standalone --nproc-per-node=2 "
 ENVIRONMENTS = {
     **{f"no {name}": ({name: None}, f"not set: {name}; {HOW}") for name in ONE_RANK},
     "no torchrun": (dict.fromkeys(ONE_RANK), "not set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "),
-    "RANK=first": ({"RANK": "first"}, f"RANK is 'first', and no number; {HOW}"),
-    "RANK=-1": ({"RANK": "-1"}, "RANK is '-1', and no number"),
-    "RANK=1 of 1": ({"RANK": "1"}, "RANK is 1, and must be below WORLD_SIZE, 1"),
-    "WORLD_SIZE=0": ({"WORLD_SIZE": "0"}, "RANK is 0, and must be below WORLD_SIZE, 0"),
-    "WORLD_SIZE=": ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', and no number"),
-    "LOCAL_WORLD_SIZE=0": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK is 0, and must be below LOCAL_WORLD_SIZE"),
-    "MASTER_PORT=http": ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', and no number"),
-    "MASTER_PORT=70000": ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, and must be below 65536"),
-    "MASTER_ADDR=no.such.host": ({"MASTER_ADDR": "no.such.host"}, "MASTER_ADDR is 'no.such.host', which"),
 }
 
 
@@ -290,5 +280,5 @@ def test_a_port_in_use(tmp_path, step):
 
 @pytest.mark.parametrize("step", [step for step in UNDER_TORCHRUN if step != "03"])
 def test_a_rank_that_is_not_started(tmp_path, step):
-    result = run(step, ["--use-gpu=0", DIGITS, "--timeout=2"], tmp_path, WORLD_SIZE="2")
+    result = run(step, ["--use-gpu=0", DIGITS, "--timeout=5"], tmp_path, WORLD_SIZE="2")
     check(result, "the ranks do not meet: ")

@@ -48,8 +48,8 @@ def test_a_step_that_trains_wrong_makes_it_exit_1(tmp_path, precision):
 
 def test_weights_that_come_from_gpus_are_compared_on_the_cpu(tmp_path):
     """Files that say that their tensors were on the second GPU; steps 01 to 04 write such files there."""
-    saves = "    torch.save(state, content)\n"
-    gpu = "    torch.serialization.register_package(0, lambda s: 'cuda:1', lambda s, place: None)\n"
+    saves = "            torch.save(state, checked)  #"
+    gpu = "            torch.serialization.register_package(0, lambda s: 'cuda:1', lambda s, place: None)\n"
     planted(tmp_path, "common/snapshot.py", (saves, gpu + saves), steps=tuple(FOLDERS))
     shutil.copy(ROOT / "compare_steps.py", tmp_path)
     status, out, _ = compare(tmp_path, "--steps=02,04", "--epochs=1", root=tmp_path)

@@ -3,7 +3,6 @@
 Promise: processes that start together download MNIST once.
 """
 
-import argparse
 import contextlib
 import functools
 import gzip
@@ -24,6 +23,7 @@ from helpers import ROOT, finish, start
 from torch.utils.data import DataLoader
 
 from common import mnist
+from common.loading import loader_options
 from common.synthetic import synthetic_digits
 
 
@@ -307,9 +307,9 @@ def test_synthetic_sizes():
 def test_workers_stay_for_the_next_epoch():
     """Even a single one; without any there is nothing that could stay, and torch would refuse it."""
     device = torch.device("cpu")
-    made = [mnist.fast(argparse.Namespace(num_workers=number), device) for number in (0, 1, 2)]
-    assert [how["persistent_workers"] for how in made] == [False, True, True]
-    assert [how["pin_memory"] for how in made] == [False] * 3
+    options = [loader_options(number, device) for number in (0, 1, 2)]
+    assert [option["persistent_workers"] for option in options] == [False, True, True]
+    assert [option["pin_memory"] for option in options] == [False] * 3
 
 
 def test_files_that_are_there_ask_for_no_lock(data_dir):

@@ -17,7 +17,8 @@ FLAGS = ["--num-samples=24", "--batch-size=4", "--epochs=2", "--use-gpu=0"]
 GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
 CHOOSES = "torch.accelerator.set_device_index(device)"
 
-# Writes down which of torch's functions a train.py calls, and in which type layers compute. It replaces none.
+# Writes down which of torch's functions a train.py calls, how batches are copied, and in which type layers
+# compute. It replaces none.
 ASKED = """
 class Asked(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), keywords=None):
@@ -26,7 +27,7 @@ class Asked(torch.overrides.TorchFunctionMode):
         caller, name = sys._getframe(1).f_code, getattr(function, "__name__", "")
         found = {"batch_norm": keywords.get("weight")}
         computes = found.get(name, result if name in ("conv2d", "linear", "cross_entropy") else None)
-        if computes is not None or caller.co_filename.endswith("train.py"):
+        if computes is not None or caller.co_filename.endswith(("train.py", "common/loading.py")):
             words = {word: str(value) for word, value in keywords.items()}
             row = [caller.co_qualname, name, words, str(getattr(computes, "dtype", ""))]
             with open(f"asked-{os.getpid()}", "a") as file:
@@ -38,13 +39,13 @@ class Reporter:
 """
 KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "cross_entropy")]
 KEPT += [("float32", "batch_norm")]  # of its weights, like its averages
-BEGINS = "        self.args, self.device = args, device\n"
+BEGINS = "        self.run = run\n"
 
 
 @pytest.mark.parametrize("step", GROWN)
 def test_a_rank_takes_its_own_gpu_before_anything_else(tmp_path, step):
     """Here there is none, and torch says so at the first line that wants one: which line that is counts."""
-    root = planted(tmp_path / "root", "common/options.py", GPU, steps=(step,))
+    root = planted(tmp_path / "root", "common/device.py", GPU, steps=(step,))
     words = [*command(step, 2, root), *FLAGS]
     status, _, err = finish(start(words, tmp_path))
     print(err)
@@ -72,13 +73,16 @@ def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
     for file in files:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         print(*rows, sep="\n")
-        copies = [words for scope, name, words, _ in rows if name == "to" and "run_batch" in scope]
+        copies = [(scope, words) for scope, name, words, _ in rows if name == "to"]
         steps = 24 // 4 // ranks
-        assert copies == [{"non_blocking": "True"}] * 2 * steps * 2  # images, and labels, of two epochs
-        assert [words["device"] for _, name, words, _ in rows if name == "zeros"] == ["cpu"] * 2
-        arranged = ["False"] if step in ("02", "03", "04") else []
+        before = ["False"] if step in ("02", "03", "04") else []  # fix_bucket_order
+        batches = len(before) + 2 * (steps + 1)  # in two epochs, each with one batch of the test set
+        assert copies == [("to_device", {"non_blocking": "True"})] * 2 * batches  # images, and labels
+        sums = [(name, words["device"]) for _, name, words, _ in rows if name in ("zeros", "full")]
+        counts = [] if step == "01" else [("full", "cpu")] * steps  # of the targets of all ranks
+        assert sums == [*counts, ("zeros", "cpu")] * 2
         trains = [words["training"] for _, name, words, _ in rows if name == "batch_norm"]
-        assert trains == arranged + (["True"] * steps + ["False"]) * 2
+        assert trains == before + (["True"] * steps + ["False"]) * 2
         types = {name: {of for _, other, _, of in rows if other == name and of} for *_, name in KEPT}
         assert types == {name: {f"torch.{of}"} for of, name in KEPT}
 

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from helpers import GROWN, command, errors, finish, has_ended, planted, start, wait_until
 
-from common.ranks import Control, let_go, meeting
+from common.process_group import release_process_group, rendezvous_errors
+from common.stopping import GracefulStop
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="finds threads in /proc: Linux only"
@@ -154,7 +155,7 @@ def test_after_an_error_all_groups_end_at_once(error):
         wait_until(lambda: len(threads()) > len(before), "a thread of gloo")
         raise error
     except (ZeroDivisionError, SystemExit):
-        let_go()
+        release_process_group()
         assert not dist.is_initialized()
     finally:
         if dist.is_initialized():  # only if the test fails: the next one must not fail with it
@@ -168,7 +169,7 @@ def test_the_vote_gives_up_before_the_group_does(seconds):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        group = Control(seconds).group
+        group = GracefulStop(seconds).group
         first = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         print(f"--timeout {seconds}: the vote gives up after {first} s")
         assert seconds / 2 <= first <= seconds - 6
@@ -179,18 +180,22 @@ def test_the_vote_gives_up_before_the_group_does(seconds):
 
 
 BACKEND = "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nncclUnhandledCudaError\nno device"
+NEW = "Failed to initialize NCCL communicator for 2 ranks\nno device"  # of torch 2.15's backend, nccl2
 
 
 def test_what_stops_the_start_is_told_by_its_own_name(capsys):
     """A backend's error is not a missing rank; its last line has the cause."""
     for error, said in (
         (dist.DistBackendError(BACKEND), "the ranks meet, and cannot talk: no device; NCCL_DEBUG=INFO tells"),
+        (RuntimeError(NEW), "the ranks meet, and cannot talk: no device; NCCL_DEBUG=INFO tells"),
         (dist.DistNetworkError("in use\nmore"), "the ranks do not meet: in use; is the port free, is every"),
         (dist.DistStoreError("late\nmore"), "the ranks do not meet: late; is the port free, is every rank"),
     ):
-        with pytest.raises(SystemExit), meeting():
+        with pytest.raises(SystemExit), rendezvous_errors():
             raise error
         assert capsys.readouterr().err.startswith(f"error: {said}")
+    with pytest.raises(RuntimeError, match="a bug of ours"), rendezvous_errors():  # which keeps its traceback
+        raise RuntimeError("a bug of ours")
 
 
 BEGINS = """
@@ -198,10 +203,10 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import torch.distributed as dist
-from common.ranks import Control
+from common.stopping import GracefulStop
 
 dist.init_process_group("gloo")
-control = Control()
+stop = GracefulStop(60)
 Path(f"rank-{dist.get_rank()}-goes-on").touch()
 dist.barrier()
 dist.destroy_process_group()
@@ -210,13 +215,13 @@ dist.destroy_process_group()
 
 def test_a_rank_goes_on_when_all_have_connected(tmp_path):
     """With nothing left to train, one was gone while others still connected, and a run in 25 failed."""
-    connects = 'dist.new_group(backend="gloo", timeout=earlier) if dist.is_initialized() else None\n'
+    connects = 'self.group = dist.new_group(backend="gloo", timeout=earlier)\n'
     slowly = (
-        "        if dist.get_rank() == 1:\n"
-        "            time.sleep(2)  # in which nobody is to go on\n"
-        "            print('gone on:', *Path.cwd().glob('rank-*-goes-on'), flush=True)\n"
+        "            if dist.get_rank() == 1:\n"
+        "                time.sleep(2)  # in which nobody is to go on\n"
+        "                print('gone on:', *__import__('glob').glob('rank-*-goes-on'), flush=True)\n"
     )
-    root = planted(tmp_path / "root", "common/ranks.py", (connects, connects + slowly))
+    root = planted(tmp_path / "root", "common/stopping.py", (connects, connects + slowly))
     (root / "begins.py").write_text(BEGINS)
     status, out, err = finish(start([*command("03", 3)[:-1], str(root / "begins.py")], tmp_path))
     print(out, err[-2000:])
@@ -233,28 +238,29 @@ import time
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import torch.distributed as dist
-from common.ranks import Control
+from common.stopping import GracefulStop
 
 dist.init_process_group("gloo")
 rank, clock, begun = dist.get_rank(), 0.0, {}
 time.perf_counter = lambda: clock  # or a busy machine would decide how long a step takes
 for took in (0.0, 0.001, 0.03, 0.06, 0.25):
-    control, begun[took] = Control(), []
+    stop, begun[took] = GracefulStop(60), []
     for step in range(1, 14):
         clock += took if rank == 1 else 0.0  # the others have to wait for it in any case
-        if control.asked_to_stop():
+        if stop.requested():
             begun[took].append("stop")
-        if control.vote:
+        if stop.vote:
             begun[took].append(step)
-control, stops = Control(), []
+stop, stops = GracefulStop(60), []
 for step in range(1, 8):
     clock += 0.06
     if step == 3 and rank > 0:
         os.kill(os.getpid(), signal.SIGINT if rank == 1 else signal.SIGTERM)
-    stops.append(control.asked_to_stop())
+    stop.requested()
+    stops.append(stop.stopping)
     if stops[-1]:
         break
-Path(f"rank-{rank}.json").write_text(json.dumps([begun, stops, control.vote is None]))
+Path(f"rank-{rank}.json").write_text(json.dumps([begun, stops, stop.vote is None]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -262,7 +268,7 @@ dist.destroy_process_group()
 
 def test_votes_are_a_tenth_of_a_second_or_five_steps_apart(tmp_path):
     """By the slowest rank's clock, and in the same steps on all; the next step knows how a vote has ended."""
-    root = planted(tmp_path / "root", "common/ranks.py", steps=("03",))
+    root = planted(tmp_path / "root", "common/stopping.py", steps=("03",))
     (root / "votes.py").write_text(VOTES)
     status, out, err = finish(start([*command("03", 3)[:-1], str(root / "votes.py")], tmp_path))
     print(out, err[-2000:])
@@ -279,20 +285,21 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import torch.distributed as dist
-from common.ranks import Control, let_go
+from common.process_group import release_process_group
+from common.stopping import GracefulStop
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-Control.signal = int(sys.argv[1])
+GracefulStop.received = int(sys.argv[1])
 try:
     raise RuntimeError(sys.argv[2])
 finally:
-    let_go()
+    release_process_group()
 """
 
 
 def test_a_connection_lost_after_a_signal_is_the_signals_doing(tmp_path):
     """The others have left for the same signal. Without one, or for another reason, the error is told."""
-    root = planted(tmp_path, "common/ranks.py")
+    root = planted(tmp_path, "common/stopping.py")
     (root / "lost.py").write_text(LOST)
     lost = "Connection closed by peer"
     cases = [("15", lost, 143), ("2", lost, 130), ("0", lost, 1), ("15", "planted", 1)]
@@ -304,3 +311,17 @@ def test_a_connection_lost_after_a_signal_is_the_signals_doing(tmp_path):
         assert status == expected
         told = re.search(rf"RuntimeError: {text}\n(\[rank0\]: )?Seen by rank 0 on ", err)
         assert bool(told) == (status == 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_step_02_that_is_stopped_before_it_trains_does_not_end_with_0(tmp_path, number):
+    """torch lets a rank that gets Ctrl-C end as if it had done its work."""
+    gets_there = "        self.stop = GracefulStop(self.args.timeout)\n"
+    waits = "        [print('here', flush=True), __import__('time').sleep(60)]\n"
+    root = planted(tmp_path / "root", "02", (gets_there, waits + gets_there))
+    process = start([*command("02", 2, root), "--num-samples=24", "--batch-size=6"], tmp_path)
+    process.wait_for("here\n(.|\n)*here\n")
+    process.send_signal(number)
+    status, out, err = finish(process)
+    print(status, out, err)
+    assert status == (128 + number if number == signal.SIGINT else 1) and "done" not in out

@@ -5,6 +5,7 @@ goes on while a snapshot is written.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -41,6 +42,9 @@ from torch.distributed.tensor import DTensor
 import sharded
 from common import snapshot
 from common.mnist import Digits
+from common.models import build_model
+from common.reporting import Reporter
+from common.run import Run
 from common.synthetic import synthetic_digits
 
 STEP = "05"
@@ -97,12 +101,24 @@ def test_accumulating_and_clipping_are_step_04s(once, tmp_path):
 
 
 def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
-    """11, 10, 10 of 31, in batches of 10 for the test's sake: rank 0 would gather the weights once more."""
-    root = planted(tmp_path / "root", STEP, ("/ self.world_size / 1000)", "/ self.world_size / 10)"))
-    flags = ["--num-samples=186", "--batch-size=12", "--epochs=1", "--timeout=20"]
-    run = train(STEP, 3, tmp_path, *flags, root=root)
+    """11, 10, 10 of 31, in batches of 10: without padding, rank 0 would gather the weights once more."""
+    flags = ["--num-samples=186", "--batch-size=12", "--epochs=1", "--timeout=20", "--eval-batch-size=10"]
+    run = train(STEP, 3, tmp_path, *flags)
     print(run.test)
     assert run.test["total"] == 186 // 6
+
+
+def build_sharded(script, args, mesh):
+    """The model as step 05's main() makes it at the start of a run."""
+    device = torch.device("cpu")
+    build = functools.partial(build_model, args.model, args.precision, args.vit_width, args.vit_depth)
+    with torch.device("meta" if args.meta_init else "cpu"):
+        model = build()
+    script.shard_model(args, model, device, mesh)
+    if args.meta_init:
+        model.to_empty(device=device)
+        script.fsdp_options.initialize(model, build, device, resumes=False)
+    return model
 
 
 BIG = {"model": "vit", "vit_width": 768, "vit_depth": 12, "meta_init": True}
@@ -119,7 +135,7 @@ def bytes_of_rank_0(ranks, **changed):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     gathered = []
     try:
-        model = script.build_sharded_model(args, torch.device("cpu"), init_device_mesh("cpu", (ranks,)))
+        model = build_sharded(script, args, init_device_mesh("cpu", (ranks,)))
         for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
             unit.register_forward_pre_hook(
                 lambda *_: gathered.append(
@@ -222,13 +238,13 @@ def first_step(tmp_path, monkeypatch, mesh, batch_size, number=0, **changed):
     data = Digits(*synthetic_digits(size, seed=0), f"synthetic-{size}")
     defaults = vars(script.make_parser(str(SCRIPT), "").parse_args([]))
     args = argparse.Namespace(**{**defaults, **FLAGS, **changed, "batch_size": batch_size})
-    args.clip_norm, args.metrics = None, tmp_path / f"metrics-{number}"
+    args.accumulate, args.clip_norm, args.metrics = 1, None, tmp_path / f"metrics-{number}"
     with warnings.catch_warnings(action="ignore"):
-        model = script.build_sharded_model(args, device, mesh)
+        model = build_sharded(script, args, mesh)
         optimizer = torch.optim.AdamW(model.parameters())
-        script.name_run(args, "model", data.name)
-        trainer = script.Trainer(args, device, model, optimizer, data, data, None)
-        trainer.control = script.Control()
+        report = Reporter(Run(args.step, "model", data.name, args.precision, 0), device, args.metrics)
+        trainer = script.Trainer(args, device, model, optimizer, data, data, None, report)
+        trainer.stop = script.GracefulStop(args.timeout)
         trainer.run_epoch()
     trainer.report.end(1)
     reports = [json.loads(line) for line in args.metrics.read_text().splitlines()]
@@ -271,7 +287,7 @@ def test_activation_checkpointing_keeps_less(alone):
     kept = {}
     for flag in (False, True):
         args = argparse.Namespace(**{**FLAGS, "activation_checkpointing": flag, "no_reshard": True})
-        kept[flag] = kept_for_backward(script.build_sharded_model(args, torch.device("cpu"), alone), images)
+        kept[flag] = kept_for_backward(build_sharded(script, args, alone), images)
     print(f"kept for the backward pass: {kept[False]:,} bytes, with checkpointing {kept[True]:,}")
     assert kept[True] < kept[False] / 2
 
@@ -299,9 +315,9 @@ REDUCED = {
 @pytest.mark.parametrize("step", REDUCED)
 def test_gradients_are_reduced_once_in_a_step(tmp_path, step):
     """With --accumulate the network would carry each micro-batch's, otherwise; the sums would be the same."""
-    adds = "            total += loss.detach()\n"
+    adds = "            step_loss += loss.detach()\n"
     looks = f"            model = self.model\n            done = {REDUCED[step]}\n"
-    looks += "            self.report.say(f'part {i} reduced {done}', self.rank)\n"
+    looks += "            self.report.say(f'part {number} reduced {done}', self.rank)\n"
     root = planted(tmp_path / "root", step, (adds, looks + adds))
     flags = ["--num-samples=72", "--batch-size=12", "--accumulate=3", "--epochs=1"]
     run = train(step, 2, tmp_path, *flags, root=root)
@@ -318,13 +334,13 @@ def test_there_may_be_fewer_test_images_than_ranks(tmp_path, step):
 def test_an_optimizer_from_before_fully_shard_is_refused(tmp_path):
     """Without our check it trains nothing, without a word, until the first snapshot."""
     right = "optimizer = torch.optim.AdamW(model.named_parameters(), "
-    early = (right, "optimizer = torch.optim.AdamW(build_model(args).parameters(), ")
+    early = (right, "optimizer = torch.optim.AdamW(build().parameters(), ")
     flags = ["--num-samples=240", "--batch-size=12", "--use-gpu=0", "--epochs=1"]
     root = planted(tmp_path / "checked", STEP, early)
     status, _, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
     print(err[-1500:])
     assert status == 1 and "TypeError: the optimizer was built before fully_shard" in err
-    unchecked = ("    switches.check_sharded(optimizer)", "    # ")
+    unchecked = ("    fsdp_options.check_sharded(optimizer)", "    # ")
     total = "sum(p.full_tensor().abs().sum() for p in self.model.parameters())"
     says = after_a_step(f"self.report.say(f'weights {{{total}}}')")
     for name, edits in {"early": [early], "in time": []}.items():
@@ -411,8 +427,8 @@ def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
 
 def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     fails = (
-        "                    self.finish_on_rank_0(writer.layout(), dict(ChainMap(*checksums)), state)\n",
-        "                    raise OSError(28, 'planted')\n",
+        "                    path = finish(folder, ",
+        "                    raise OSError(28, 'planted')\n                    path = finish(folder, ",
     )
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
     planted(root, STEP, after_a_step("self.global_step == 2 and os.kill(os.getpid(), signal.SIGTERM)"))
@@ -429,8 +445,8 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
     """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
-    finishes = "        path = finish(self.folder, layout, checksums, state)\n"
-    fails = f"        if state['global_step'] == 2:\n            raise {error}\n"
+    finishes = "                    path = finish(folder, "
+    fails = f"                    if state['global_step'] == 2:\n                        raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]
     status, out, err = finish(start([*command(STEP, 2, root), *flags, "--snapshot-dir=s"], tmp_path))
@@ -446,8 +462,8 @@ def test_what_is_saved_already_is_not_written_again(tmp_path):
     stops = after_a_step("self.global_step == 4 and os.kill(os.getpid(), signal.SIGTERM)")
     # The vote that ranks begin in one step is read in the next: here, in the same one.
     votes = (
-        "            stop = self.control.asked_to_stop()\n",
-        "            stop = signal.SIGTERM if self.global_step == 4 else 0\n",
+        "            stopping = self.stop.requested()\n",
+        "            self.stop.stopping = stopping = signal.SIGTERM if self.global_step == 4 else 0\n",
     )
     root = planted(tmp_path / "root", STEP, votes, stops)
     status, out, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
@@ -474,9 +490,9 @@ def test_shards_of_another_model_are_not_loaded(tmp_path):
     print(out, err)
     (line,) = errors(err)
     assert status == 1 and re.match(
-        r"error: snapshots/snapshot-00000004 \(written by .*\) cannot be loaded: ", line
+        r"error: snapshots/snapshot-00000004 cannot be loaded \(written by .*\): ", line
     )
-    assert line.endswith("; delete it to go on from the one before") and "Size mismatch" in line.replace(
+    assert line.endswith("; to resume from the one before, move it away") and "Size mismatch" in line.replace(
         "size", "Size"
     )
 
@@ -497,6 +513,40 @@ def test_from_meta_the_averages_of_batch_norm_begin_as_they_should(tmp_path):
     assert meta.test["loss"] == whole.test["loss"] and meta.losses.equal(whole.losses)
 
 
+SAYS_WHERE = [
+    (
+        "    model = Normalized(net, name)\n",
+        "    print('built on', torch.get_default_device())\n    model = Normalized(net, name)\n",
+    ),
+]
+# What no snapshot contains: numbers that were drawn when the model was built, and are added to the logits.
+DRAWN = [
+    (
+        "        self.name = name\n",
+        "        self.name = name\n        self.register_buffer('drawn', torch.rand(10), persistent=False)\n",
+    ),
+    (
+        "        return self.net((pixels - MEAN) / STD)",
+        "        return self.net((pixels - MEAN) / STD) + self.drawn",
+    ),
+]
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["all of it saved", "a buffer that is not"])
+def test_a_resume_from_meta_builds_only_what_no_snapshot_has(tmp_path, drawn):
+    """With --meta-init, the whole model is built once, on rank 0, and again only for such a buffer."""
+    edits = [*SAYS_WHERE, *(DRAWN if drawn else [])]
+    root = planted(tmp_path / "root", "common/models.py", *edits, steps=(STEP,))
+    flags = ["--num-samples=48", "--batch-size=4", "--precision=float64", "--meta-init"]
+    whole = train(STEP, 3, tmp_path / "whole", *flags, "--epochs=2", root=root)
+    first = train(STEP, 3, tmp_path / "resumed", *flags, "--epochs=1", root=root)
+    resumed = train(STEP, 3, tmp_path / "resumed", *flags, "--epochs=2", root=root)
+    for run, times in ((whole, 1), (first, 1), (resumed, int(drawn))):
+        assert run.out.count("built on meta") == 3 and run.out.count("built on cpu") == times
+    assert largest_difference(resumed.weights, whole.weights) == 0.0
+    assert resumed.test["loss"] == whole.test["loss"]
+
+
 @pytest.mark.parametrize("victim", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt"])
 @pytest.mark.parametrize("damage", ["flipped bit", "half", "missing"])
 def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_path, capsys, victim, damage):
@@ -509,8 +559,8 @@ def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_
     file.write_bytes(content[: len(content) // 2] if damage == "half" else content)
     if damage == "missing":
         file.unlink()
-    args = argparse.Namespace(snapshot_dir=folder, run="cnn-synthetic-457", seed=0, precision="float64", lr=1)
-    state = snapshot.load_newest(args, sharded.read)
+    run = Run("05_fsdp", "cnn", "synthetic-457", "float64", 0)
+    state = snapshot.SnapshotFolder(folder, run, read_shards=sharded.read).load_newest()
     err = capsys.readouterr().err
     print(err)
     assert state["global_step"] == snapshot.step_of(before) == 30
@@ -571,7 +621,7 @@ def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
     assert {path.name for path in copy.iterdir()} <= names
     os.unlink(f"{copy}.pt")
     second = newest(tmp_path / "a")
-    assert first.keys() == second.keys() >= {"model", "optimizer", "epoch", "rng", "run", "flags", "format"}
+    assert first.keys() == second.keys() >= {"model", "optimizer", "epoch", "rng", "run", "format"}
     assert largest_difference(first["model"], second["model"]) == 0.0
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]
     for number, slots in first["optimizer"]["state"].items():
@@ -656,17 +706,17 @@ def test_a_full_disk_is_told_when_a_snapshot_is_converted(uninterrupted, tmp_pat
 
 def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, tmp_path, capsys):
     folder = shutil.copytree(uninterrupted.snapshot_dir, tmp_path / "snapshots")
-    args = argparse.Namespace(snapshot_dir=folder)
+    run = Run("05_fsdp", "cnn", "synthetic-457", "float64", 0)
     newest_one = snapshot.snapshots(folder, sharded=True)[0]
     for read, name in ((None, newest_one), (sharded.read, folder / "snapshot-00000099.pt")):
         if read:
             name.touch()  # newer than all of step 05's: going on without it would be a silent step back
         with pytest.raises(SystemExit) as stopped:
-            snapshot.load_newest(args, read)
+            snapshot.SnapshotFolder(folder, run, read_shards=read).load_newest()
         err = capsys.readouterr().err
         print(err)
         assert stopped.value.code == 2
-        assert err.endswith(f"to go on from it: python 05_fsdp/convert.py {name}\n")
+        assert err.endswith(f"to resume from it: python 05_fsdp/convert.py {name}\n")
 
 
 @pytest.mark.slow

@@ -29,24 +29,13 @@ import sharded
 from common import snapshot
 from common.models import build_model
 from common.reporting import Reporter
+from common.run import Run
 
 TIMES = int(os.environ.get("HOSTILE", "200"))
 MARK = "attacked"  # a folder that is there when a pickle has been let do what it says
 METADATA = ".metadata"  # torch's own, a pickle that nothing here reads
 
-FLAGS = {"model": "cnn", "precision": "float32", "compile": False, "vit_width": 64, "vit_depth": 1}
-ARGS = argparse.Namespace(
-    **FLAGS,
-    run="cnn-mnist",
-    seed=0,
-    lr=0.001,
-    verbose=False,
-    metrics=None,
-    profile=None,
-    batch_size=1,
-    accumulate=1,
-)
-ARGS.step, ARGS.dataset, ARGS.epochs = "05_fsdp", "mnist", 1
+RUN = Run("05_fsdp", "cnn", "mnist", "float32", 0)
 
 
 class Method:
@@ -81,7 +70,7 @@ class Attack:
 
 def tensors(value=1.0):
     """The model and AdamW's state, as step 05 shares them out among its shards."""
-    model = build_model(ARGS).state_dict()
+    model = build_model("cnn").state_dict()
     names = list(model)[:2]
     slots = {n: {"exp_avg": torch.full_like(model[n], value), "step": torch.tensor(1.0)} for n in names}
     return {"model": {n: torch.full_like(w, value) for n, w in model.items()}, "optimizer": slots}
@@ -91,8 +80,8 @@ def save(folder, step):
     writer = sharded.Writer(folder, step)
     dcp.save(tensors(), storage_writer=writer, no_dist=True)
     rest = {"param_groups": [{"lr": 0.1, "params": [0]}], "epoch": 0, "global_step": step, "samples_seen": 0}
-    ARGS.snapshot_dir = folder
-    state = snapshot.complete(ARGS, {**rest, "rng": [{"cpu": torch.get_rng_state()}]})
+    rest["rng"] = [{"cpu": torch.get_rng_state()}]
+    state = {**rest, **snapshot.SnapshotFolder(folder, RUN).identity}
     return sharded.finish(folder, writer.layout(), writer.checksums, state)
 
 
@@ -257,13 +246,13 @@ HARMS = {evil_file: 3, evil_inside: 2, odd_layout: 3, odd_state: 2, odd_files: 1
 
 def go_on_from(folder):
     """What step 05 does with the snapshots in `folder`, in one process; the step that it has gone on from."""
-    args = argparse.Namespace(**{**vars(ARGS), "snapshot_dir": folder})
-    state = snapshot.load_newest(args, sharded.read)
+    state = snapshot.SnapshotFolder(folder, RUN, read_shards=sharded.read).load_newest()
     shards = tensors(0.0)
     with sharded.reader(state) as reader:
         dcp.load(shards, storage_reader=reader, no_dist=True)
-    report = Reporter(args, torch.device("cpu"), 10)
-    return snapshot.resume(state, report)[2]
+    device = torch.device("cpu")
+    snapshot.restore_rng(state, device, torch.Generator(), Reporter(RUN, device))
+    return state["global_step"]
 
 
 def run(do, capsys):
@@ -337,7 +326,7 @@ def test_the_attacks_do_what_they_threaten_if_they_are_let(tmp_path, monkeypatch
 
 STATE, SHARD = "state.pt", "__0_0.distcp"
 KINDS = {"seed": "int", "epoch": "int", "samples_seen": "int", "global_step": "int", "run": "str"}
-KINDS |= {"precision": "str", "flags": "dict", "checksums": "dict", "layout": "dict", "rng": "list"}
+KINDS |= {"precision": "str", "checksums": "dict", "layout": "dict", "rng": "list"}
 KINDS |= {"param_groups": "list"}
 
 

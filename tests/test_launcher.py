@@ -452,7 +452,7 @@ def test_check_finds_two_nodes_ready(net, launcher):
 
 @pytest.mark.root
 @needs_ssh
-def test_check_says_how_to_mend_what_is_wrong(net, launcher, tmp_path):
+def test_check_says_how_to_fix_what_is_wrong(net, launcher, tmp_path):
     first, second, _ = net.hosts
     other = tmp_path / "models.py"
     other.write_text((ROOT / "common" / "models.py").read_text() + "# changed\n")
@@ -474,7 +474,7 @@ def test_check_says_how_to_mend_what_is_wrong(net, launcher, tmp_path):
         "! node1: no MNIST in data: copy it there",
         "! node2: its code is not node1's (",
         "! node2: cannot connect to node1:29500: open it",
-        "! node2: the other node's name leads to this node itself: mend /etc/hosts",
+        "! node2: the other node's name leads to this node itself: fix /etc/hosts",
         "! node3: SSH: ssh: connect to host node3 port 22: Connection refused. Try: ",
     ):
         assert fix in out, fix

@@ -1,25 +1,25 @@
 """The models: uint8 in, logits out, every weight learns."""
 
-import argparse
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import FOLDERS, ROOT, load
+from torch import nn
 
 from common.mnist import load_mnist
-from common.models import MODELS, Normalized, build_model, model_name
+from common.models import MEAN, STD, Normalized, build_model, cnn, resnet18, vit
+from common.run import name_of
 from common.synthetic import synthetic_digits
 
-
-def flags(name, precision="float32", **changed):
-    args = {"model": name, "precision": precision, "compile": False, "vit_width": 64, "vit_depth": 4}
-    return argparse.Namespace(**{**args, **changed})
+MODELS = {"cnn": cnn, "resnet18": resnet18, "vit": vit}
 
 
 def build(name, precision="float32"):
     torch.manual_seed(0)
-    return build_model(flags(name, precision))
+    return build_model(name, precision)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -54,16 +54,59 @@ def test_the_sizes_that_the_docstrings_give(name, count):
 
 
 def test_the_cnns_convolutions_keep_the_size_of_an_image_and_each_pooling_halves_it():
-    image, sizes = torch.zeros(1, 1, 28, 28), []
+    image = torch.zeros(1, 1, 28, 28)
+    sizes = []
     for layer in build("cnn").net[:6]:
         image = layer(image)
         sizes.append(tuple(image.shape[1:]))
-    assert sizes == [*2 * [(16, 28, 28)], (16, 14, 14), *2 * [(32, 14, 14)], (32, 7, 7)]
+    assert sizes == [(16, 28, 28), *2 * [(16, 14, 14)], (32, 14, 14), *2 * [(32, 7, 7)]]
 
 
-def test_a_run_is_named_after_its_model_and_the_size_that_flags_choose():
-    assert [model_name(flags(name)) for name in MODELS] == ["cnn", "resnet18", "vit-64x4"]
-    assert model_name(flags("vit", vit_width=128, vit_depth=2)) == "vit-128x2"
+class TextbookCNN(nn.Module):
+    """The same net in the order of textbooks: ReLU, then max-pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+    def forward(self, images):
+        pixels = images.unsqueeze(1).double() / 255
+        return self.net((pixels - MEAN) / STD)
+
+
+def test_max_pooling_before_relu_changes_nothing():
+    """Outputs and gradients are those of the textbook's order, and so are the names of the weights."""
+    ours, theirs = build("cnn", "float64"), TextbookCNN().double()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = synthetic_digits(256, seed=0)
+    outputs = []
+    for model in (ours, theirs):
+        outputs.append(model(images))
+        F.cross_entropy(outputs[-1], labels).backward()
+    off = {"logits": (outputs[0] - outputs[1]).abs().max().item()}
+    for (name, weight), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert weight.grad.abs().max() > 1e-3
+        off[name] = (weight.grad - other.grad).abs().max().item()
+    print(off)
+    assert max(off.values()) < 1e-12
+
+
+def test_a_run_is_named_after_its_model_and_its_size():
+    assert [name_of(build(name)) for name in MODELS] == ["cnn", "resnet18", "vit-64x4"]
+    assert name_of(build_model("vit", vit_width=128, vit_depth=2)) == "vit-128x2"
+    assert name_of(nn.Linear(1, 1)) == "Linear"  # a model without a name of its own
 
 
 def test_only_what_sees_the_image_is_other_than_torchvisions():
@@ -74,7 +117,7 @@ def test_only_what_sees_the_image_is_other_than_torchvisions():
     vit = build("vit").net
     assert vit.conv_proj.kernel_size == vit.conv_proj.stride == (vit.patch_size, vit.patch_size) == (7, 7)
     assert [block.num_heads for block in vit.encoder.layers] == [4] * 4
-    wide = build_model(flags("vit", vit_width=512, vit_depth=1)).net
+    wide = build_model("vit", vit_width=512, vit_depth=1).net
     assert [block.num_heads for block in wide.encoder.layers] == [8]  # 64 wide, as in the paper
 
 
@@ -94,12 +137,12 @@ def test_pixels_are_scaled_by_the_mean_and_deviation_of_mnist(mnist_dir):
     """The two numbers are those of MNIST, and what the net gets has mean 0 and deviation 1."""
     seen = []
 
-    class Net(torch.nn.Linear):
+    class Net(nn.Linear):
         def forward(self, pixels):
             seen.append(pixels)
 
     images, _ = load_mnist(mnist_dir)[0].tensors
-    Normalized(Net(1, 1, dtype=torch.float64))(images)
+    Normalized(Net(1, 1, dtype=torch.float64), "net")(images)
     mean, deviation = seen[0].mean().item(), seen[0].std().item()
     print(f"{seen[0].dtype}, mean {mean:.1e}, deviation 1 {deviation - 1:+.1e}")
     assert seen[0].shape == (60_000, 1, 28, 28) and seen[0].dtype == torch.float64
@@ -109,24 +152,33 @@ def test_pixels_are_scaled_by_the_mean_and_deviation_of_mnist(mnist_dir):
 def test_a_black_and_a_white_pixel_are_what_they_are_elsewhere():
     images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2).expand(1, 28, 2)
 
-    class Net(torch.nn.Linear):
+    class Net(nn.Linear):
         def forward(self, pixels):
             return pixels[0, 0, 0]
 
-    black, white = Normalized(Net(1, 1, dtype=torch.float64))(images).tolist()
+    black, white = Normalized(Net(1, 1, dtype=torch.float64), "net")(images).tolist()
     # What torchvision's Normalize((0.1307,), (0.3081,)) makes of them, in pytorch/examples for one.
     assert (black, white) == (-0.1307 / 0.3081, (1 - 0.1307) / 0.3081)
 
 
 def test_a_bigger_vit():
-    model = build_model(flags("vit", vit_width=256, vit_depth=2))
+    model = build_model("vit", vit_width=256, vit_depth=2)
     blocks = model.net.encoder.layers
     assert len(blocks) == 2 and blocks[0].self_attention.embed_dim == 256
     assert model(torch.zeros(3, 28, 28, dtype=torch.uint8)).shape == (3, 10)
 
 
-def test_compile_keeps_the_names_of_the_weights():
-    plain, compiled = build("cnn"), build_model(flags("cnn", compile=True))
+def test_compile_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
+    """In step 01. That the flag changes what each step computes, test_combinations.py shows."""
+    script = load(ROOT / FOLDERS["01"] / "train.py")
+    models = []
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that it is what it was before, afterwards
+    monkeypatch.setattr(script.Trainer, "train", lambda trainer: models.append(trainer.model))
+    for flags in ([], ["--compile"]):
+        words = ["train.py", "--use-gpu=0", "--num-samples=64", f"--snapshot-dir={tmp_path}", *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        script.main(script.parse_args())
+    plain, compiled = models
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     # What torch calls in the place of a module that is compiled; its docs have no other way to ask.
     assert compiled._compiled_call_impl and not plain._compiled_call_impl

@@ -23,6 +23,7 @@ from helpers import (
     planted,
     read_run,
     train,
+    wait_until,
 )
 
 from benchmarks.hosts import WHY, Host, Network, commands_for, network, possible
@@ -190,11 +191,17 @@ def test_a_node_dies_and_comes_back(net):
     ended(second, running.pop(second))
     wait_for_step(first, lost + 30)  # alone
     running[second] = second.start(commands[second], **environment())
-    wait_for_step(second, lost + 60)  # together
+
+    def sizes_of_starts():
+        events = read_run("", first.disk).events
+        return [event["world_size"] for event in events if event["event"] == "start"]
+
+    wait_until(lambda: len(sizes_of_starts()) == 3, "a third start")
+    wait_for_step(second, newest(first) + 2)  # together
     for host in net.hosts:
         host.run("pkill -TERM -f torchrun")
     (_, out), _ = all_ended(running)
-    sizes = [event["world_size"] for event in read_run("", first.disk).events if event["event"] == "start"]
+    sizes = sizes_of_starts()
     resumed = [int(step) for step in re.findall(r"resumed from .* step (\d+)", out)]
     saved = [int(step) for step in re.findall(r"SIGTERM: saved at step (\d+)", out)]
     print(f"ranks {sizes}; node2 lost after step {lost}, resumed at {resumed}, saved on SIGTERM at {saved}")

@@ -142,9 +142,9 @@ def test_a_notebook_runs_from_top_to_bottom(step, copy, execute):
     said = "".join(out.get("text", "") for cell in code(notebook) for out in cell.outputs)
     script = copy / FOLDERS[step] / "my_train.py"
     assert script.read_bytes() == (ROOT / FOLDERS[step] / "train.py").read_bytes()
-    assert re.search(rf"{FOLDERS[step]}: cnn on synthetic-2560, .* = 64 images a step, 2 epochs", said)
+    assert re.search(rf"{FOLDERS[step]}: cnn on synthetic-2560, .* = 64 samples a step, 2 epochs", said)
     assert float(re.findall(r"epoch 2/2  test loss [\d.]+, accuracy ([\d.]+)%", said)[0]) > 70
-    assert "done: 5,120 images" in said
+    assert "done: 5,120 samples" in said
     assert [out for cell in code(notebook) for out in cell.outputs if "image/png" in out.get("data", {})]
     assert ("not written yet" in said) == (step in notebooks.EXERCISE)
     assert git(copy, "status", "--porcelain") == ""

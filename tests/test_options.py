@@ -11,9 +11,11 @@ import pytest
 import torch
 from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
 
-from common import options
-from common.models import MODELS
-from common.options import fail, make_parser, name_run, pick_device
+from common import device as devices
+from common.device import setup_device
+from common.options import fail, make_parser
+from common.run import Run
+from common.snapshot import SnapshotFolder
 
 
 @pytest.mark.parametrize("step", GROWN)
@@ -22,7 +24,7 @@ def test_several_ranks_print_an_error_once(tmp_path, step):
     status, _, err = finish(start([*command(step, 2), *flags], tmp_path))
     print(err)
     assert status != 0
-    assert errors(err) == ["error: a step takes 2 images, synthetic-1 has 1: lower --batch-size"]
+    assert errors(err) == ["error: a step takes 2 samples, synthetic-1 has 1: lower --batch-size"]
     if step == "02":  # torchrun has its own status and report
         assert status == 2 and "Traceback" not in err
 
@@ -45,7 +47,7 @@ def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", *printed[1:]]
     status, out, err = finish(start(words, tmp_path))
     assert status == 0, err
-    assert "2 × batch 32 = 64 images a step" in out
+    assert "2 × batch 32 = 64 samples a step" in out
     assert (tmp_path / "a folder" / "snapshot-00000002.pt").exists()
 
 
@@ -65,8 +67,8 @@ def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step
     batches = 128 // (16 * ranks)
     for rank in range(ranks):
         assert f"[rank {rank}] local rank {rank}, world size {ranks}, device cpu" in out
-        assert f"[rank {rank}] epoch 1: {128 // ranks} images in this rank's shard, {batches} batches" in out
-        assert f"[rank {rank}] step {batches}: {batches} batches of 16" in out
+        assert f"[rank {rank}] epoch 1: {batches} steps" in out
+        assert f"[rank {rank}] step {batches}: {batches} steps in " in out
     assert "[rank" not in proof(step, ranks).out
 
 
@@ -84,7 +86,7 @@ def test_step_02_starts_two_ranks_where_there_is_no_gpu(tmp_path):
     flags = ["--num-samples=64", "--batch-size=32", "--epochs=1"]
     status, out, err = finish(start([sys.executable, script, *flags], tmp_path))
     assert status == 0, err
-    assert "2 × batch 32 = 64 images a step" in out
+    assert "2 × batch 32 = 64 samples a step" in out
 
 
 def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
@@ -95,7 +97,7 @@ def test_two_spawns_at_the_same_time_do_not_meet(tmp_path):
     for process in (first, second):
         status, out, err = finish(process)
         assert status == 0, err
-        assert "done: 128 images" in out
+        assert "done: 128 samples" in out
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
     [
         ("epochs", 1, 10**9, 1),
         ("batch-size", 1, 10**9, 1),
+        ("eval-batch-size", 1, 10**9, 1),
         ("seed", 0, 2**32 - 1, 1),
         ("vit-width", 64, 2**14, 64),
         ("vit-depth", 1, 10**9, 1),
@@ -140,7 +143,7 @@ def test_what_can_be_chosen_can_be_asked_for():
     parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
     choices = {
         "use-gpu": [0, 1],
-        "model": MODELS,
+        "model": ["cnn", "resnet18", "vit"],
         "precision": ["float32", "float64", "bf16"],
         "schedule": ["constant", "one-cycle"],
     }
@@ -162,12 +165,12 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
     run = train(step, 1, tmp_path / "run", "--num-samples=64")
     without = {name.replace("_", "-"): value for name, value in run.events[0].items()}
     # What the run's first event has besides flags.
-    own = {"event", "step", "run", "dataset", "caveat", "device", "train-samples"}
+    own = {"event", "step", "run", "dataset", "device", "train-samples"}
     own |= set() if step == "02" else {"world-size"}
-    assert shown.keys() == without.keys() - own - ({"accumulate"} if step < "04" else set())
+    assert shown.keys() == without.keys() - own
     for name, (takes, text) in shown.items():
         print(f"--{name} {takes}: {text}; without: {without[name]!r}")
-        assert takes in ("N", "X", "DIR", "FILE", "TIMEOUT", "WORLD_SIZE") or takes[:1] in ("{", "")
+        assert takes in ("N", "X", "DIR", "FILE", "WORLD_SIZE") or takes[:1] in ("{", "")
         assert (takes == "") == (without[name] is False)
         if default := re.search(r" \((\S+?)(: none)?\)$", text):
             if name != "snapshot-dir":  # which the run was given
@@ -197,19 +200,19 @@ def test_who_is_alone_with_a_mistake_says_it_at_once(monkeypatch, capsys):
 
 def test_a_gpu_for_each_process_or_none_starts(monkeypatch, capsys):
     """With as many GPUs as are claimed here: what is chosen, not that it works."""
-    monkeypatch.setattr(options, "count_gpus", lambda: 2)
+    monkeypatch.setattr(devices, "count_gpus", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
     before = torch.get_float32_matmul_precision()
     try:
         with pytest.raises(SystemExit):
-            pick_device(None, 0, 3)
+            setup_device(None, 0, 3)
         said = "error: 3 processes, but GPUs: 2; start as many, or add --use-gpu 0\n"
         assert capsys.readouterr().err == said and torch.get_float32_matmul_precision() == before
         if torch.accelerator.current_accelerator():  # what this torch is made for, with a GPU or without
-            assert [pick_device(None, rank, 2).index for rank in (0, 1)] == [0, 1]
-            assert pick_device(1, 0, 1).type == torch.accelerator.current_accelerator().type
+            assert [setup_device(None, rank, 2).index for rank in (0, 1)] == [0, 1]
+            assert setup_device(1, 0, 1).type == torch.accelerator.current_accelerator().type
             assert torch.get_float32_matmul_precision() == "high"
-        assert pick_device(0, 1, 3) == torch.device("cpu")
+        assert setup_device(0, 1, 3) == torch.device("cpu")
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -231,11 +234,11 @@ def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
             torch.set_num_threads(3)
             if of_torchrun:
                 monkeypatch.setenv("LOCAL_WORLD_SIZE", of_torchrun)
-            pick_device(0, 0, given) if given else pick_device(0, 0)
+            setup_device(0, 0, given) if given else setup_device(0, 0)
             assert torch.get_num_threads() == threads  # alone, a process keeps what torch has chosen
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        pick_device(0, 0, 2)
+        setup_device(0, 0, 2)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -245,6 +248,5 @@ def test_snapshots_have_a_place_of_their_own_unless_they_are_given_one():
     parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
     for words, place in (([], "checkpoints/01_single_gpu/cnn-mnist"), (["--snapshot-dir=here"], "here")):
         args = parser.parse_args(words)
-        name_run(args, "cnn", "mnist", "why")
-        assert str(args.snapshot_dir) == place
-        assert (args.run, args.dataset, args.caveat, args.accumulate) == ("cnn-mnist", "mnist", "why", 1)
+        run = Run(args.step, "cnn", "mnist", "float32", 0)
+        assert str(SnapshotFolder(args.snapshot_dir, run).path) == place

@@ -4,7 +4,6 @@ Promise: the nine commonest mistakes (no `set_epoch`, summed gradients, a rank's
 …) are seen.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from helpers import (
     finish,
     load,
     planted,
+    ranks_of,
     start,
     train,
 )
@@ -34,7 +34,12 @@ from common.snapshot import snapshots
 # name: (step, line of its train.py, what a wrong script has instead, what must be found to disagree).
 # All steps from 02 on have these lines alike: each bug is planted in one of them.
 BUGS = {
-    "every epoch in the same order": ("02", "self.sampler.set_epoch(self.epoch)", "pass", "weights"),
+    "every epoch in the same order": (
+        "02",
+        "self.sampler.set_epoch(self.epoch, ",
+        "self.sampler.set_epoch(0, ",
+        "weights",
+    ),
     "gradients summed, not averaged": (
         "03",
         "loss.backward()",
@@ -43,21 +48,21 @@ BUGS = {
     ),
     "gradients not averaged at all": (
         "04",
-        "F.cross_entropy(self.ddp_model(images), labels, ",
-        "F.cross_entropy(self.model(images), labels, ",
+        "self.ddp_model(images)",
+        "self.model(images)",
         "weights",
     ),
     "the logged loss is rank 0's": ("05", "dist.all_reduce(means)", "means *= self.world_size", "losses"),
     "evaluation is padded": (
         "02",
-        "part = range(self.rank, len(self.test_data), self.world_size)",
-        "part = DistributedSampler(self.test_data, shuffle=False)",
+        "metric[:remaining]",
+        "metric",
         "evaluation",
     ),
     "evaluation drops the tail": (
         "03",
-        "batch_size=1000, sampler=part",
-        "batch_size=10, drop_last=True, sampler=part",
+        "args.eval_batch_size, sampler",
+        "10, drop_last=True, sampler",
         "evaluation",
     ),
     "evaluation is rank 0's": ("04", "dist.all_reduce(totals)", "pass", "evaluation"),
@@ -92,9 +97,7 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
         planted(root, step, ("dist.broadcast(buffer, src=0)", "pass"))
     flags = ["--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
     run = train(step, 2, tmp_path / "run", *flags, root=root)
-    model = load(root / "common" / "models.py").build_model(
-        argparse.Namespace(model="cnn", precision="float64", compile=False)
-    )
+    model = load(root / "common" / "models.py").build_model("cnn", "float64")
     path = snapshots(run.snapshot_dir, step == SHARDED)[0]
     if step == SHARDED:  # by the convert.py that knows this model
         words = [sys.executable, str(root / FOLDERS[step] / "convert.py"), str(path)]
@@ -109,7 +112,7 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     assert (difference > 1e-6) if bug else (difference < 1e-10)
 
 
-ARRANGES = "        arrange_buckets(self)  # now, or a resumed run would add gradients in another order\n"
+ARRANGES = "        fix_bucket_order(self.model, self.loss, self.autocast, self.train_loader, self.device)\n"
 BEFORE_AND_AFTER = f"""
         import copy
 
@@ -142,3 +145,17 @@ def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
     shutil.move(first, tmp_path / "resumed" / "snapshots" / first.name)
     resumed = train(step, 2, tmp_path / "resumed", *flags, root=root)
     assert len(resumed.losses) == 2 and resumed.test["loss"] == whole.test["loss"]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_step_in_which_nothing_counts_leaves_the_weights_whole(tmp_path, step):
+    """As when all of a batch is padding: 0 / 0 would be in every weight, and in the next snapshot."""
+    root = planted(
+        tmp_path / "root",
+        step,
+        ("return labels.numel()", "return 0"),
+        ('reduction="sum")', 'reduction="sum") * 0'),
+    )
+    run = train(step, ranks_of(step), tmp_path, "--num-samples=24", "--batch-size=6", "--epochs=1", root=root)
+    assert all(weights.isfinite().all() for weights in run.weights.values())

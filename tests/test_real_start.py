@@ -105,12 +105,12 @@ def test_threads_of_gloo(tmp_path, step, case, real):
     """None is left after an exception either; without what the scripts do against them, some are."""
     edits = list(THREADS_AT_THE_END)
     if case == "ends in an exception":
-        loads = "        self.load_snapshot()\n"
+        loads = "        self.stop = GracefulStop(self.args.timeout)\n"
         edits.append((loads, f"{loads}        raise ZeroDivisionError\n"))
     elif case == "without the early import":
-        planted(tmp_path, "common/ranks.py", ("import torch.distributed.nn ", "# "))
+        planted(tmp_path, "common/process_group.py", ("import torch.distributed.nn ", "# "))
     else:
-        planted(tmp_path, "05_fsdp/switches.py", ('getattr(mesh, "_pg_registry", {}).clear()', "pass"))
+        planted(tmp_path, "common/process_group.py", ('getattr(thing, "_pg_registry", {}).clear()', "pass"))
     planted(tmp_path, step, *edits)
     flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
     _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path, real))
@@ -179,7 +179,7 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     words = [sys.executable, "../copy/01_single_gpu/train.py", "--num-samples=128", "--epochs=1"]
     status, out, err = finish(start(words, elsewhere, real=True))
     assert status == 0, err
-    assert "done: 128 images" in out
+    assert "done: 128 samples" in out
 
 
 @pytest.mark.sample(1)
@@ -195,7 +195,7 @@ def test_what_a_run_says_can_be_read_at_once(tmp_path, step, flag):
     words = [*command(step, 1, root), *flags, "--snapshot-dir=s", "--metrics=m", *filter(None, [flag])]
     process = start(words, tmp_path, real=True, PYTHONUNBUFFERED="")
     try:
-        process.wait_for(r"\[rank 0\] saved s/snapshot-00000002" if flag else "16 images a step", 60)
+        process.wait_for(r"\[rank 0\] saved s/snapshot-00000002" if flag else "16 samples a step", 60)
         wait_until(lambda: '{"event": "start", ' in (tmp_path / "m").read_text(), "the metrics' first line")
         (tmp_path / "read").touch()
     finally:

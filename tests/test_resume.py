@@ -130,7 +130,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
     status, out, err = finish(start([*command("01", 1), *FLAGS, "--snapshot-dir=snapshots"], tmp_path))
     print(out, err)
-    assert status == 0 and "nothing left to train: raise --epochs, or delete snapshots" in out
+    assert status == 0 and "nothing left to train: raise --epochs, or choose another --snapshot-dir" in out
     assert before == {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
 
 
@@ -140,11 +140,23 @@ def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path):
     assert [group["lr"] for group in run.state["optimizer"]["param_groups"]] == [0.5]
 
 
+@pytest.mark.parametrize(("step", "ranks"), [("01", 1), ("03", 3), (SHARDED, 2)])
+def test_a_resume_may_have_another_batch_size(tmp_path, step, ranks):
+    """In the middle of an epoch: the rest of it is trained, and reported."""
+    flags = ["--num-samples=640", "--epochs=1", "--precision=float64"]
+    first = train(step, ranks, tmp_path, *flags, f"--batch-size={60 // ranks}", "--save-every=7")
+    for path in snapshots(first.snapshot_dir, step == SHARDED)[:-1]:  # as if it had been killed after step 7
+        shutil.rmtree(path) if step == SHARDED else path.unlink()
+    run = train(step, ranks, tmp_path, *flags, f"--batch-size={90 // ranks}")
+    assert len(run.losses) - len(first.losses) == (640 - 7 * 60) // 90 == 2
+    assert "done: 180 samples" in run.out and run.state["global_step"] == 9
+
+
 # A resume must fail to reproduce the run when something is missing from the snapshot.
 FORGOTTEN = {
     "the optimizer": ('self.optimizer.load_state_dict(state["optimizer"])', "pass"),
-    "the place in the epoch": ("self.samples_seen, self.global_step = snap", "_, self.global_step = snap"),
-    "the epoch": ("self.epoch, self.samples_seen, self.global", "_, self.samples_seen, self.global"),
+    "the place in the epoch": ('self.samples_seen = state["samples_seen"]', "pass"),
+    "the epoch": ('self.epoch = state["epoch"]', "pass"),
     "the weights": ('self.model.load_state_dict(state["model"])', "pass"),
 }
 
@@ -162,12 +174,12 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
     """As when one of them reads a folder that is out of date."""
-    finds = "    paths, others = snapshots(folder, sharded), snapshots(folder, not sharded)\n"
+    finds = "        paths = snapshots(self.path, sharded)\n"
     root = planted(tmp_path / "root", step)
     planted(
         root,
         "common/snapshot.py",
-        (finds, finds + "    paths = paths * (dist.get_rank() == 0)\n"),
+        (finds, finds + "        paths = paths * (dist.get_rank() == 0)\n"),
     )
     interrupted(whole, tmp_path, step)
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 2}", "--snapshot-dir=snapshots", "--use-gpu=0"]
@@ -201,9 +213,15 @@ def cnn(""",
 GUARDS = {
     "nothing": (),
     "a stream for each rank": ("02", ("torch.manual_seed(args.seed + dist.get_rank())", "")),
-    "each rank's own state": ("common/snapshot.py", ('state["rng"][report.rank]', 'state["rng"][0]')),
+    "each rank's own state": (
+        "common/snapshot.py",
+        ('states[rank]["cpu"]', 'states[0]["cpu"]'),
+    ),
     "any state": ("common/snapshot.py", ("torch.set_rng_state(", "(")),
-    "a generator of the loader's own": ("common/mnist.py", (', "generator": own', "")),
+    "a generator of the loader's own": (
+        "common/loading.py",
+        ('"generator": torch.Generator().manual_seed(torch.initial_seed()),', ""),
+    ),
 }
 
 
@@ -260,10 +278,10 @@ def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
     run = train(step, 3, tmp_path, *flags, root=root)
     drawn = [set(one[:15]) for one in (*masks(tmp_path / "fresh"), *masks(tmp_path))]
     assert len(drawn) == 6 and len(set().union(*drawn)) > 0.95 * sum(map(len, drawn))  # few by chance
-    said = [line for line in run.out.splitlines() if "random numbers begin anew" in line]
+    said = [line for line in run.out.splitlines() if "random numbers start from a new seed" in line]
     print(said)
     assert sorted(said) == [
-        f"[rank {rank}] random numbers begin anew: the snapshot is of 2 ranks" for rank in range(3)
+        f"[rank {rank}] random numbers start from a new seed: the snapshot is of 2 ranks" for rank in range(3)
     ]
 
 
@@ -296,7 +314,7 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
         status, out, err = finish(process)
     print(f"rank {victim} killed; torchrun ended with {status}\n{out}")
     assert status == 0, err
-    assert out.count("images a step") == 2, "both ranks are started again, once"
+    assert out.count("samples a step") == 2, "both ranks are started again, once"
     assert "resumed from snapshots: epoch 1, step 30\n" in out
     weights = newest(tmp_path / "snapshots")["model"]
     assert largest_difference(weights, whole["03"].weights) == 0.0

@@ -14,14 +14,6 @@ PAUSE = f"import time; time.sleep({SECONDS + 2})"
 FLAGS = ["--num-samples=144", "--batch-size=12", "--precision=float64", "--use-gpu=0", "--snapshot-dir=s"]
 
 
-def impatient(root, step):
-    """A copy of a step that waits for SECONDS, and the flags for it."""
-    if step < "04":
-        two_minutes = ("timedelta(minutes=2)", f"timedelta(seconds={SECONDS})")
-        return planted(root, step, two_minutes, ("Control()", f"Control({SECONDS})")), FLAGS
-    return planted(root, step), [*FLAGS, f"--timeout={SECONDS}"]
-
-
 def run(step, ranks, root, folder, *flags):
     status, out, err = finish(start([*command(step, ranks, root), *flags], folder))
     print(out, err[-3000:])
@@ -31,23 +23,24 @@ def run(step, ranks, root, folder, *flags):
 
 @pytest.mark.parametrize(("step", "ranks"), [("02", 2), ("03", 3), ("04", 2)])
 def test_a_save_longer_than_the_timeout_ends_no_run(tmp_path, step, ranks):
-    root, flags = impatient(tmp_path / "root", step)
     line = "            torch.save(state, checked)"
-    planted(root, "common/snapshot.py", (line, f"            {PAUSE}\n{line}"))
-    run(step, ranks, root, tmp_path, *flags, "--epochs=2")
+    slow = (line, f"            {PAUSE}\n{line}")
+    root = planted(tmp_path / "root", "common/snapshot.py", slow, steps=(step,))
+    run(step, ranks, root, tmp_path, *FLAGS, f"--timeout={SECONDS}", "--epochs=2")
     assert len(saved(tmp_path / "s")) == 2
 
 
 SLOW = {  # lines of sharded.py, and the rank that is slow there
     "            written = super().write_data(": 1,
-    "                    self.finish_on_rank_0(": 0,
+    "                    path = finish(folder, ": 0,
     "        state, problem = read_state(": 2,
     "            return super().read_data(": 1,
 }
 
 
 def test_step_05_waits_for_a_slow_disk_wherever_it_uses_one(tmp_path):
-    root, flags = impatient(tmp_path / "root", SHARDED)
+    root = planted(tmp_path / "root", SHARDED)
+    flags = [*FLAGS, f"--timeout={SECONDS}"]
     for line, rank in SLOW.items():
         indent = re.match(" *", line)[0]
         slowly = f"{indent}if dist.get_rank() == {rank}:\n{indent}    {PAUSE}\n{line}"

@@ -4,7 +4,7 @@ Promise: a damaged snapshot is never loaded silently, a failed write never costs
 could not be loaded again is refused when it is saved.
 """
 
-import argparse
+import dataclasses
 import errno
 import os
 import pickle
@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import stat
+import traceback
 import zipfile
 import zlib
 from pathlib import Path
@@ -25,13 +26,19 @@ import torch.distributed.checkpoint as dcp
 
 import sharded as shards
 from common import snapshot
-from common.reporting import Reporter
+from common.run import Run
+
+RUN = Run("01_single_gpu", "cnn", "mnist", "float32", 0)
 
 
-def flags(folder, **changed):
-    args = {"snapshot_dir": folder, "run": "cnn-mnist", "precision": "float32", "seed": 0, "lr": 0.001}
-    args["verbose"] = False
-    return argparse.Namespace(**{**args, **changed})
+def folder_of(path, sharded=False, **changed):
+    """The snapshots in `path`, of a run like RUN."""
+    run = dataclasses.replace(RUN, **changed)
+    return snapshot.SnapshotFolder(path, run, read_shards=shards.read if sharded else None)
+
+
+def save(path, **state):
+    folder_of(path).save(**state)
 
 
 def state(step):
@@ -40,14 +47,14 @@ def state(step):
 
 
 def load_newest(folder, sharded=False):
-    return snapshot.load_newest(flags(folder), shards.read if sharded else None)
+    return folder_of(folder, sharded).load_newest()
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three snapshots, of steps 10, 20 and 30."""
     for step in (10, 20, 30):
-        snapshot.save(flags(tmp_path), **state(step))
+        save(tmp_path, **state(step))
     return tmp_path
 
 
@@ -55,8 +62,14 @@ def save_sharded(folder, step):
     tensors = {"model": {"w": torch.full((10_000,), float(step))}, "optimizer": {}}
     writer = shards.Writer(folder, step)
     dcp.save(tensors, storage_writer=writer, no_dist=True)
-    rest = {"param_groups": [{"lr": 0.1}], "epoch": 0, "samples_seen": 0, "global_step": step, "rng": []}
-    return shards.finish(folder, writer.layout(), writer.checksums, snapshot.complete(flags(folder), rest))
+    rest = {
+        "param_groups": [{"lr": 0.1, "fused": True}],
+        "epoch": 0,
+        "samples_seen": 0,
+        "global_step": step,
+        "rng": [],
+    }
+    return shards.finish(folder, writer.layout(), writer.checksums, {**rest, **folder_of(folder).identity})
 
 
 @pytest.fixture
@@ -67,10 +80,10 @@ def sharded_folder(tmp_path):
     return tmp_path
 
 
-def failure(capsys, args, sharded=False):
+def failure(capsys, path, sharded=False, **changed):
     """The one line with which loading fails."""
     with pytest.raises(SystemExit) as stopped:
-        snapshot.load_newest(args, shards.read if sharded else None)
+        folder_of(path, sharded, **changed).load_newest()
     lines = capsys.readouterr().err.splitlines()
     print(lines)
     assert stopped.value.code == 2
@@ -80,7 +93,7 @@ def failure(capsys, args, sharded=False):
 
 def test_the_newest_comes_back_and_three_are_kept(folder):
     for step in (99_999_999, 100_000_000):  # nine digits, and still the newest
-        snapshot.save(flags(folder), **state(step))
+        save(folder, **state(step))
     names = [path.name for path in snapshot.snapshots(folder)]
     assert names == ["snapshot-100000000.pt", "snapshot-99999999.pt", "snapshot-00000030.pt"]
     loaded = load_newest(folder)
@@ -91,7 +104,7 @@ def test_the_newest_of_the_other_kind_counts(folder, capsys):
     """Of two, one older and one newer than ours: going on without it would be a silent step back."""
     for step in (25, 35):
         (folder / f"snapshot-{step:08d}").mkdir()
-    assert f"{folder / 'snapshot-00000035'} is a sharded snapshot" in failure(capsys, flags(folder))
+    assert f"{folder / 'snapshot-00000035'} is a sharded snapshot" in failure(capsys, folder)
     (folder / "snapshot-00000035").rmdir()
     assert load_newest(folder)["global_step"] == 30
 
@@ -104,7 +117,7 @@ def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path):
 def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     for folder, problem in (("file", "File exists"), ("file/folder", "Not a directory")):
-        line = failure(capsys, flags(tmp_path / folder))
+        line = failure(capsys, tmp_path / folder)
         assert f"cannot write to {tmp_path / folder}: {problem}; {snapshot.REMEDY}" in line
 
 
@@ -113,7 +126,7 @@ def test_a_disk_on_which_nothing_more_can_be_written_is_seen_before_training(tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        line = failure(capsys, flags(tmp_path))
+        line = failure(capsys, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"cannot write to {tmp_path}: File too large; {snapshot.REMEDY}" in line
@@ -124,14 +137,19 @@ def test_how_the_optimizer_computes_is_this_runs(sharded, tmp_path):
     if sharded:
         save_sharded(tmp_path, 10)
     else:
-        groups = [{"fused": True}]  # as on a GPU
-        snapshot.save(flags(tmp_path), **{**state(10), "optimizer": {"param_groups": groups}})
+        groups = [{"lr": 0.1, "fused": True}]  # as on a GPU
+        save(tmp_path, **{**state(10), "optimizer": {"param_groups": groups}})
     loaded = load_newest(tmp_path, sharded)
-    said = {"step": "", "model": "", "dataset": "", "epochs": 1, "batch_size": 1, "accumulate": 1}
-    args = flags(tmp_path, metrics=None, profile=None, **said)
-    snapshot.resume(loaded, Reporter(args, torch.device("cpu"), 10))
     groups = loaded["param_groups"] if sharded else loaded["optimizer"]["param_groups"]
-    assert [group["fused"] for group in groups] == [False]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], foreach=True)
+    built = [{"fused": False, "foreach": True, "lr": 1.0, "params": [0]}]
+    if sharded:
+        shards.load_groups(built, groups)
+    else:
+        snapshot.keep_kernels(groups, optimizer)
+        built = groups
+    assert [group["foreach"] for group in built] == [True]
+    assert not any(group["fused"] for group in built) and [group["lr"] for group in built] == [0.1]
 
 
 def damage(kind, path):
@@ -223,7 +241,7 @@ def test_when_no_good_one_is_left_they_are_kept(sharded, capsys, request):
     for path in snapshot.snapshots(folder, sharded):
         assert spoil(path / shards.STATE if sharded else path, rng)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    line = failure(capsys, flags(folder), sharded=sharded)
+    line = failure(capsys, folder, sharded=sharded)
     assert line.count(" is damaged (") == 3 and "no snapshot is left, delete" in line
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
@@ -258,7 +276,7 @@ def test_when_all_are_damaged_it_stops_and_keeps_them(folder, capsys):
     paths = snapshot.snapshots(folder)
     for path in paths:
         damage("truncated", path)
-    assert "no snapshot is left" in failure(capsys, flags(folder))
+    assert "no snapshot is left" in failure(capsys, folder)
     assert snapshot.snapshots(folder) == paths
 
 
@@ -272,7 +290,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
         snapshot.write(path, {"format": 1, "model": Attack()})
     torch.save({"format": 1, "model": Attack()}, path)
     path.write_bytes((content := path.read_bytes()) + zlib.crc32(content).to_bytes(4, "big"))
-    assert "Weights only load failed" in failure(capsys, flags(tmp_path))
+    assert "Weights only load failed" in failure(capsys, tmp_path)
     assert not (tmp_path / "attacked").exists()
     # The file does what it threatens to, if it is let: the test above can fail.
     torch.load(tmp_path / "snapshot-00000001.pt", weights_only=False)
@@ -290,7 +308,7 @@ def test_what_others_allow_torch_load_to_call_is_refused(tmp_path, capsys):
     torch.save({"format": snapshot.FORMAT, "model": Attack()}, path)
     path.write_bytes((content := path.read_bytes()) + zlib.crc32(content).to_bytes(4, "big"))
     with torch.serialization.safe_globals([shutil.copyfile]):
-        assert "Weights only load failed" in failure(capsys, flags(tmp_path))
+        assert "Weights only load failed" in failure(capsys, tmp_path)
         assert not (tmp_path / "attacked").exists()
         assert shutil.copyfile in torch.serialization.get_safe_globals()  # again, for whoever has allowed it
         torch.load(path, weights_only=True)
@@ -300,19 +318,19 @@ def test_what_others_allow_torch_load_to_call_is_refused(tmp_path, capsys):
 def test_a_file_of_another_program_is_refused(tmp_path, capsys):
     path = tmp_path / "snapshot-00000001.pt"
     torch.save({"weights": torch.zeros(3)}, path)
-    assert "wrong checksum: altered, cut off at" in failure(capsys, flags(tmp_path))
+    assert "wrong checksum: altered, cut off at" in failure(capsys, tmp_path)
     path.write_bytes(pickle.dumps({"format": 1}))
-    failure(capsys, flags(tmp_path))
+    failure(capsys, tmp_path)
     snapshot.write(path, {"weights": torch.zeros(3)})
-    assert "not a snapshot of this project" in failure(capsys, flags(tmp_path))
+    assert "not a snapshot of this project" in failure(capsys, tmp_path)
     content = pickle.dumps({"format": 1})
     path.write_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
-    failure(capsys, flags(tmp_path))
+    failure(capsys, tmp_path)
 
 
 def test_a_plain_one_in_the_place_of_state_is_refused(sharded_folder, capsys):
     newest = snapshot.snapshots(sharded_folder, sharded=True)[0]
-    snapshot.write(newest / shards.STATE, snapshot.complete(flags(sharded_folder), state(30)))
+    snapshot.write(newest / shards.STATE, {**state(30), **folder_of(sharded_folder).identity})
     assert load_newest(sharded_folder, sharded=True)["global_step"] == 20
     assert "state.pt is not from a sharded snapshot" in capsys.readouterr().err
 
@@ -320,14 +338,14 @@ def test_a_plain_one_in_the_place_of_state_is_refused(sharded_folder, capsys):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"run": "vit-64x4-mnist"}, "run cnn-mnist, this run has run vit-64x4-mnist"),
-        ({"run": "cnn-synthetic-512"}, "run cnn-mnist, this run has run cnn-synthetic-512"),
+        ({"model": "vit-64x4"}, "run cnn-mnist, this run has run vit-64x4-mnist"),
+        ({"data": "synthetic-512"}, "run cnn-mnist, this run has run cnn-synthetic-512"),
         ({"precision": "float64"}, "precision float32, this run has precision float64"),
         ({"seed": 1}, "seed 0, this run has seed 1"),
     ],
 )
 def test_another_runs_snapshot_stops_with_both_values(folder, capsys, changed, said):
-    assert said in failure(capsys, flags(folder, **changed))
+    assert said in failure(capsys, folder, **changed)
 
 
 HERE = f"written by Python {platform.python_version()}, torch {torch.__version__}"
@@ -336,14 +354,14 @@ HERE = f"written by Python {platform.python_version()}, torch {torch.__version__
 def test_another_format_stops_with_both_values(folder, capsys, monkeypatch):
     monkeypatch.setattr(snapshot, "FORMAT", snapshot.FORMAT + 1)
     both = f"format {snapshot.FORMAT - 1}, this run has format {snapshot.FORMAT} ({HERE}): use the same"
-    assert both in failure(capsys, flags(folder))
+    assert both in failure(capsys, folder)
 
 
 def test_a_sharded_one_of_another_format_is_told_by_that_and_not_by_what_it_lacks(tmp_path, capsys):
     (tmp_path / "snapshot-00000010").mkdir()
     snapshot.write(tmp_path / "snapshot-00000010" / "state.pt", {"format": 99, "run": "cnn-mnist"})
     both = f"was made with format 99, this run has format {snapshot.FORMAT} ({HERE}): use the same"
-    assert both in failure(capsys, flags(tmp_path), sharded=True)
+    assert both in failure(capsys, tmp_path, sharded=True)
 
 
 def test_one_that_only_a_later_torch_can_read_says_who_wrote_it(tmp_path, capsys):
@@ -356,7 +374,7 @@ def test_one_that_only_a_later_torch_can_read_says_who_wrote_it(tmp_path, capsys
     }.items():
         content = path.read_bytes() + writer
         path.write_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
-        line = failure(capsys, flags(tmp_path))
+        line = failure(capsys, tmp_path)
         assert "is damaged (Weights only load failed." in line and said in line
 
 
@@ -367,7 +385,7 @@ def test_shards_that_do_not_fit_say_who_wrote_them(sharded_folder, capsys):
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     (line,) = capsys.readouterr().err.splitlines()
     print(line)
-    assert line.startswith(f"error: {state['path']} ({HERE}) cannot be loaded: ")
+    assert line.startswith(f"error: {state['path']} cannot be loaded ({HERE}): ")
 
 
 def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch):
@@ -378,7 +396,7 @@ def test_a_full_disk_leaves_the_snapshots_before_it(folder, capsys, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stopped:
-        snapshot.save(flags(folder), **state(40))
+        save(folder, **state(40))
     err = capsys.readouterr().err
     print(err)
     assert stopped.value.code == 2
@@ -445,7 +463,7 @@ def test_the_room_on_a_disk_that_is_gone_is_not_told(tmp_path):
 def test_what_a_killed_write_left_is_swept_up(folder):
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
     (folder / "deep").mkdir()
-    snapshot.save(flags(folder), **state(40))
+    save(folder, **state(40))
     assert {path.name for path in folder.iterdir()} == {
         "deep",
         *(f"snapshot-000000{n}.pt" for n in (20, 30, 40)),
@@ -458,7 +476,7 @@ def test_sweeping_leaves_three_sharded_ones_and_nothing_unfinished(sharded_folde
     (sharded_folder / ".snapshot-a-rank's-mark.tmp").touch()
     (sharded_folder / "snapshot-00000050.pt").touch()  # is of another kind
     save_sharded(sharded_folder, 40)
-    shards.sweep(sharded_folder)
+    shards.delete_old(sharded_folder)
     names = {path.name for path in sharded_folder.iterdir()}
     assert names == {"snapshot-00000050.pt", *(f"snapshot-000000{n}" for n in (20, 30, 40))}
 
@@ -483,7 +501,7 @@ def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch, valu
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "replace", note_rename)
     before = os.listdir("/dev/fd")
-    snapshot.save(flags(folder), global_step=40, **values)
+    save(folder, global_step=40, **values)
     assert os.listdir("/dev/fd") == before  # or a long training runs out of them
     size = (folder / "snapshot-00000040.pt").stat().st_size
     assert done == [f"{size} bytes", "name", "folder"]
@@ -508,7 +526,7 @@ def test_a_folder_that_cannot_be_synced_stops_nothing(folder, monkeypatch):
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", only_files)
-    snapshot.save(flags(folder), **state(40))
+    save(folder, **state(40))
     assert load_newest(folder)["global_step"] == 40
 
 
@@ -516,13 +534,15 @@ class Config:
     """Something that torch.save takes and weights_only refuses."""
 
 
-@pytest.mark.parametrize(
-    "what", [numpy.float64(1), Config(), Path("x")], ids=lambda what: type(what).__name__
-)
+# The last is one of the classes that torch.distributed lets torch.load make, when it is imported.
+REFUSED = [numpy.float64(1), Config(), Path("x"), traceback.FrameSummary("file", 1, "name")]
+
+
+@pytest.mark.parametrize("what", REFUSED, ids=lambda what: type(what).__name__)
 def test_what_could_not_be_loaded_is_refused_when_it_is_saved(folder, capsys, what):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SystemExit) as stopped:
-        snapshot.save(flags(folder), **state(40), more={"deep": [what]})
+        save(folder, **state(40), more={"deep": [what]})
     err = capsys.readouterr().err
     print(err)
     assert stopped.value.code == 2 and err.count("\n") == 1
@@ -541,7 +561,7 @@ def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
     writer = shards.Writer(tmp_path, 10)
     dcp.save(saved, storage_writer=writer, no_dist=True)
     rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 10, "rng": []}
-    shards.finish(tmp_path, writer.layout(), writer.checksums, snapshot.complete(flags(tmp_path), rest))
+    shards.finish(tmp_path, writer.layout(), writer.checksums, {**rest, **folder_of(tmp_path).identity})
     loaded = {"model": {"w": torch.zeros_like(tensor)}, "optimizer": {}}
     with shards.reader(load_newest(tmp_path, sharded=True)) as reader:
         dcp.load(loaded, storage_reader=reader, no_dist=True)
@@ -571,7 +591,7 @@ def test_weights_of_a_gpu_are_read_on_the_cpu(tmp_path):
     """Whoever compares runs of several GPUs would open a context on each, and subtract across devices."""
     torch.serialization.register_package(0, lambda storage: "cuda:1", lambda storage, location: None)
     try:
-        snapshot.save(flags(tmp_path), **state(10))
+        save(tmp_path, **state(10))
     finally:
         torch.serialization._package_registry.pop(0)
     path = snapshot.snapshots(tmp_path)[0]

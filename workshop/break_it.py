@@ -138,7 +138,7 @@ def run(command: str, folder: Path, seconds: float = SECONDS) -> str:
 def beside(labels: list[str], outputs: list[str], lines: str) -> list[str]:
     """The lines of two runs that match a regular expression, beside each other, their speed left out."""
     rows = [
-        [re.sub(r"  [\d,]+ images/s$", "", line) for line in output.splitlines() if re.search(lines, line)]
+        [re.sub(r"  [\d,]+ samples/s$", "", line) for line in output.splitlines() if re.search(lines, line)]
         for output in outputs
     ]
     width = max(len("both"), *map(len, labels)) + 1

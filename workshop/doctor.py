@@ -527,7 +527,7 @@ def mend_ranks(stage: int) -> str:
 def reach(url: str, seconds: float = 10) -> str:
     """Ask whether there is a page; an empty string, or why it is not to be had."""
     request = urllib.request.Request(url, method="HEAD")
-    try:  # its own time-out does not count while a name is looked up
+    try:  # its own timeout does not count while a name is looked up
         within(seconds, lambda: urllib.request.urlopen(request, timeout=seconds).close())
         return ""
     except (OSError, ValueError, http.client.HTTPException) as error:

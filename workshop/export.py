@@ -87,6 +87,20 @@ TEST_EDITS = {
     ],
 }
 
+# The list of what to replace, in README.
+DATA = """the data: `load_mnist(` in `main`. Any map-style dataset works, and a batch may be a tuple, a list
+or a dictionary of tensors. If the dataset has a `name`, snapshots and reports use it."""
+CHECKSUM = " If it has a `checksum()`, nodes compare that, and otherwise its name and length."
+MODEL = "the model: `build_model(` in `main`. If it has a `name`, snapshots and reports use it."
+METHODS = """`Trainer.count_targets`, how many answers a batch asks for; `Trainer.loss`, the sum of their
+losses; `Trainer.per_sample_metrics`, for each sample its loss, how many of its answers are right, and how
+many count."""
+DDP_MODEL = """ `loss` has to call `self.ddp_model`: with `self.model`, no gradient is averaged. Before
+training, `fix_bucket_order` calls it once in eval mode, on two samples. The model must use the same
+parameters there as in training."""
+TEST = """in [test_train.py](test_train.py), the flags that name the data, and what evaluates beside the
+run."""
+
 README = """# {name}
 
 {intro}
@@ -197,6 +211,9 @@ def rewritten(step: str, file: Path) -> str:
     text = edited(file, edits)
     if file.suffix == ".py":
         text = re.sub(PATHS, THIS_FOLDER, text)
+        # The tests are not exported, except for one.
+        text = re.sub(r"(?<=\.)(\s+)test_\w+\.py\b", r"\1A test of the original", text)
+        text = re.sub(r"\btest_\w+\.py\b", "a test of the original", text)
     # Snapshots go to a folder that is called after the scripts' one, whatever its name will be.
     text = re.sub(r"\bcheckpoints/0\d_\w+/", "checkpoints/…/", text)
     return text.replace(f"{steps()[step].parent.name}/", "")
@@ -236,23 +253,14 @@ def as_list(entries: Iterable[str]) -> str:
 
 def replacements(step: str) -> str:
     """What knows about digits, as a list."""
-    asked = "`name`, `fallback` and `checksum()`" if step in ("04", "05") else "`name` and `fallback`"
-    buckets = (
-        " `arrange_buckets` also calls `loss` once in eval mode, on two samples: it must use the same"
-        " parameters there."
-        if step in ("02", "03", "04")
-        else ""
-    )
-    too = ", and out of `arrange_buckets` in [common/ranks.py](common/ranks.py)" if buckets else ""
-    own = [
-        f"the data: `load_mnist(` in `main`. train.py asks a data set for {asked}, as `class Digits` in"
-        " [common/mnist.py](common/mnist.py) has them. A data set that hands out one sample at a time needs"
-        f" the `collate_fn` taken out of `fast`, there{too}.",
-        f"the model: `build_model(` in `main`{', and its `units`' * (step == '05')}.",
-        f"`Trainer.loss` and `Trainer.score`.{buckets}",
-        "in [test_train.py](test_train.py), the flags that name the data, and what evaluates beside the run.",
-    ]
-    return as_list(own)
+    data, model, methods = DATA, MODEL, METHODS
+    if step in ("04", "05"):
+        data += CHECKSUM
+    if step == "05":
+        model = model.replace("in `main`", "in `main`, and its parts in `units`")
+    if step in ("02", "03", "04"):
+        methods += DDP_MODEL
+    return as_list([data, model, methods, TEST])
 
 
 def readme(step: str, name: str, texts: dict[str, str]) -> str:

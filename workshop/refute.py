@@ -183,7 +183,7 @@ def fsdp() -> None:
 
 
 def barrier() -> None:
-    """All ranks meet in a barrier; then rank 0 alone calls all_reduce, with a time-out of three seconds."""
+    """All ranks meet in a barrier; then rank 0 alone calls all_reduce, with a timeout of three seconds."""
     short: Any = dist.new_group(timeout=timedelta(seconds=3))
     dist.barrier(short)
     seen, begun = "through the barrier", time.monotonic()

@@ -9,7 +9,6 @@ It holds what a train.py asks of its data and its model, and lies beside it:
 text_model_01.patch and text_model_05.patch do the same to steps 01 and 05; `git apply -R` takes it back.
 """
 
-import argparse
 import zlib
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from torch.utils.data import TensorDataset
 
 from common.options import fail
 
-LENGTH = 64  # characters of a piece, which is what the scripts call an image
+LENGTH = 64  # characters of the longest piece of a text; a piece is one sample
+IGNORED = -100  # the label of padding: F.cross_entropy leaves it out
 PIECES = 10240  # to train on, unless flags say otherwise
 CHARACTERS = 256  # a character is a byte, so that a model fits every text
 SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -29,21 +29,25 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 
 
 class Text(TensorDataset):
-    """Pieces of a text, and for each character the one that follows: uint8 and int64, both (N, LENGTH)."""
+    """Pieces of a text, and for each character the one that follows: both int64 (N, LENGTH).
 
-    def __init__(self, text: bytes, name: str):
-        # A piece begins with the last character of the one before it, so that each is guessed once.
-        pieces = torch.frombuffer(bytearray(text), dtype=torch.uint8).unfold(0, LENGTH + 1, LENGTH)
-        super().__init__(pieces[:, :-1], pieces[:, 1:].long())
-        self.text, self.name, self.fallback = text, name, ""
+    Pieces have different lengths. Behind the end of a piece its text is padded, and its labels are IGNORED.
+    """
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        """A whole batch: `fast` and `arrange_buckets`, which take tuples as they are, rely on it."""
-        return self[torch.tensor(indices, dtype=torch.int64)]
+    def __init__(self, pieces: list[bytes], name: str):
+        labels = torch.tensor([list(piece.ljust(LENGTH)) for piece in pieces])
+        # Each character is guessed from those before it in its piece, and the last one of the piece before.
+        first = torch.tensor([10, *(piece[-1] for piece in pieces[:-1])])  # 10 is the end of a line
+        text = torch.cat([first.unsqueeze(1), labels[:, :-1]], dim=1)
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        labels[torch.arange(LENGTH) >= lengths.unsqueeze(1)] = IGNORED
+        super().__init__(text, labels)
+        self.pieces = pieces
+        self.name = name
 
     def checksum(self) -> str:
         """Of name and content, to compare nodes by."""
-        return f"{self.name} {zlib.crc32(self.text):08x}"
+        return f"{self.name} {zlib.crc32(b''.join(self.pieces)):08x}"
 
 
 def load_text(data_dir: Path | None, num_samples: int | None = None) -> tuple[Text, Text]:
@@ -60,35 +64,48 @@ def load_text(data_dir: Path | None, num_samples: int | None = None) -> tuple[Te
         text = b"\n".join(path.read_bytes() for path in files)
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}; point --data-dir at a folder with your text")
-    pieces = max(0, len(text) - 1) // LENGTH
-    count = num_samples or max(1, pieces * 6 // 7)
+    pieces = cut(text)
+    count = num_samples or max(1, len(pieces) * 6 // 7)
     wanted = count + max(1, count // 6)
-    if wanted > pieces:
-        have = f"the *.txt and *.md in {data_dir} make {pieces} pieces of {LENGTH} characters"
-        fail(f"{have}, and {wanted} are wanted: add text, or lower --num-samples")
+    if wanted > len(pieces):
+        found = f"the *.txt and *.md in {data_dir} make {len(pieces)} pieces"
+        fail(f"{found}, and {wanted} are wanted: add text, or lower --num-samples")
     name = f"text-{zlib.crc32(text):08x}"  # with another text it is another run
-    return Text(text[: count * LENGTH + 1], name), Text(text[count * LENGTH : wanted * LENGTH + 1], name)
+    return Text(pieces[:count], name), Text(pieces[count:wanted], name)
 
 
-def sums(count: int, part: int) -> bytes:
-    """A text of `count` pieces, the same everywhere: "two and forty is forty-two. …", in random order.
+def cut(text: bytes) -> list[bytes]:
+    """The lines of a text. Those that are longer than LENGTH make several pieces."""
+    pieces = []
+    for line in text.splitlines(keepends=True):
+        for start in range(0, len(line), LENGTH):
+            pieces.append(line[start : start + LENGTH])
+    return pieces
+
+
+def sums(count: int, part: int) -> list[bytes]:
+    """`count` lines such as "two and forty is forty-two", the same everywhere, in random order.
 
     Part 1, to test on, has 400 of the 2,500 sums of two numbers below 50; part 0 has the others.
     """
     order = torch.randperm(2500, generator=torch.Generator().manual_seed(0)).tolist()
-    numbers = [divmod(number, 50) for number in (order[:400] if part else order[400:])]
-    sentences = [f"{in_words(a)} and {in_words(b)} is {in_words(a + b)}. " for a, b in numbers]
-    size = count * LENGTH + 1
+    numbers = order[:400] if part == 1 else order[400:]
     generator = torch.Generator().manual_seed(part)
-    drawn = torch.randint(len(sentences), (size // min(map(len, sentences)) + 1,), generator=generator)
-    return "".join(sentences[i] for i in drawn.tolist()).encode()[:size]
+    lines = []
+    for place in torch.randint(len(numbers), (count,), generator=generator).tolist():
+        a, b = divmod(numbers[place], 50)
+        lines.append(f"{in_words(a)} and {in_words(b)} is {in_words(a + b)}\n".encode())
+    return lines
 
 
 def in_words(number: int) -> str:
     """A number below 100: `forty-two`."""
     tens, ones = divmod(number, 10)
     small = SMALL.split()
-    return small[number] if tens < 2 else TENS.split()[tens - 2] + (f"-{small[ones]}" if ones else "")
+    if tens < 2:
+        return small[number]
+    word = TENS.split()[tens - 2]
+    return f"{word}-{small[ones]}" if ones > 0 else word
 
 
 class Block(nn.Module):
@@ -97,13 +114,16 @@ class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.heads = max(4, width // 64)
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attend, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm_1 = nn.LayerNorm(width)
+        self.attend = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.norm_2 = nn.LayerNorm(width)
         self.linear = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.attend(self.norm_1(x)).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        # (batch, length, 3 × width) as (3, batch, heads, length, width of a head)
+        projections = self.attend(self.norm_1(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = projections.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # what comes later is hidden
         x = x + self.merge(seen.transpose(1, 2).flatten(2))
         return x + self.linear(self.norm_2(x))
@@ -114,28 +134,23 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        self.characters, self.places = nn.Embedding(CHARACTERS, width), nn.Embedding(LENGTH, width)
+        self.name = f"decoder-{width}x{depth}"
+        self.characters = nn.Embedding(CHARACTERS, width)
+        self.places = nn.Embedding(LENGTH, width)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CHARACTERS)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CHARACTERS)
 
     def forward(self, text: Tensor) -> Tensor:
         places = torch.arange(text.shape[1], device=text.device)
-        logits: Tensor = self.head(self.norm(self.blocks(self.characters(text.long()) + self.places(places))))
+        x = self.characters(text) + self.places(places)
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
 
-def model_name(args: argparse.Namespace) -> str:
-    """The model's name, with its size; `fail`s when the flags ask for a model of digits."""
-    if args.model != "decoder":
-        fail(f"--model {args.model} is for digits: leave it out; --vit-width, --vit-depth size the decoder")
-    return f"decoder-{args.vit_width}x{args.vit_depth}"
-
-
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """The decoder that the flags ask for, from the global random state."""
-    model: nn.Module = Decoder(args.vit_width, args.vit_depth)
-    if args.precision == "float64":
-        model = model.double()
-    if args.compile:
-        model.compile()  # in place: the names of its parameters stay what they are
-    return model
+def build_model(name: str, precision: str = "float32", width: int = 64, depth: int = 4) -> nn.Module:
+    """The decoder, from the global random state; `fail`s when the flags ask for a model of digits."""
+    if name != "decoder":
+        fail(f"--model {name} is for digits: leave it out; --vit-width, --vit-depth size the decoder")
+    model = Decoder(width, depth)
+    return model.double() if precision == "float64" else model

@@ -29,7 +29,8 @@ from helpers import FOLDERS, SHARDED, Run, read_run
 from common.snapshot import snapshots, step_of
 
 GLOBAL_BATCH = 12
-STEPS, SAVED = 3, 2  # of an epoch: 47 images, of which 11 are left over, and 7 to test on
+STEPS, SAVED = 3, 2  # of an epoch: 47 images, of which 11 are left over
+TESTED = 7  # images to test on
 FLAGS = ["--num-samples=47", "--precision=float64", "--use-gpu=0", "--snapshot-dir=snapshots"]
 FLAGS += ["--metrics=metrics.jsonl", f"--save-every={SAVED}"]
 IMPORTS = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__mp_main__')\n"
@@ -46,6 +47,7 @@ class Attempt:
     status: int | None  # None: it had to be ended, for it hangs
     out: str
     err: str
+    folder: Path  # where it was started
     run: Run | None
 
 
@@ -124,7 +126,7 @@ class Attempts:
         end_all(process)  # torchrun's ranks are in groups of their own
         out, err = ((place / stream).read_text(errors="replace") for stream in ("out", "err"))
         run = read_run(name, place, out, err) if status == 0 and (place / "metrics.jsonl").exists() else None
-        return Attempt(status, out, err, run)
+        return Attempt(status, out, err, place, run)
 
 
 def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:

@@ -4,7 +4,6 @@ On synthetic digits, so that it needs no download, and on the CPU in float64, so
 bit for bit. Real runs with real signals: `python -m pytest`.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -99,7 +98,7 @@ def test_an_evaluation_counts_each_image_once(resumed: tuple[Path, int]) -> None
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = [event for event in events if event["event"] == "eval"][-1]
     state = newest(folder)
-    model = build_model(argparse.Namespace(**state["flags"]))
+    model = build_model("cnn", precision="float64")
     model.load_state_dict(state["model"])
     images, labels = load_mnist(folder, SAMPLES)[1].tensors
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.hosts import WHY, commands_for, network, possible
 
-SECONDS = 30  # in which both nodes must have noticed, with a time-out of five
+SECONDS = 30  # in which both nodes must have noticed, with a timeout of five
 FLAGS = ["--num-samples=480", "--batch-size=12", "--epochs=100000", "--save-every=1", "--use-gpu=0"]
 
 

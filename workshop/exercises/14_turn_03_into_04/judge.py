@@ -3,25 +3,31 @@
 from judging import about
 from turning import Extra, judge_script, like_step_01
 
+from common.snapshot import snapshots
+
 TODO = about(__file__)["todo"]
+TOLD_ACCUMULATE = "04_multinode/README.md, A slow network: several batches in one step"
+TOLD_DISKS = "04_multinode/README.md, The idea"
+
+
+def saved_on_each_node(reference, runs):
+    """Each node has a folder of its own, as on a disk of its own."""
+    found = {
+        f"node {node}": sorted(path.name for path in snapshots(run.folder / "snapshots"))
+        for node, run in enumerate(runs)
+    }
+    if all(names == ["snapshot-00000002.pt", "snapshot-00000003.pt"] for names in found.values()):
+        return []
+    return [
+        f"with 2 nodes of 2 ranks each, and a folder for each node: {found}",
+        "  expected: on both nodes, the snapshots of steps 2 and 3",
+    ]
 
 
 def judge(file):
-    page = "04_multinode/README.md, "
-    return judge_script(
-        "04",
-        TODO,
-        file,
-        Extra(
-            "--accumulate 3 with batches of 2 ends like batches of 6",
-            page + "A slow network: several batches in one step",
-            ["--accumulate=3", "--batch-size=2", "--epochs=2"],
-            like_step_01,
-        ),
-        Extra(
-            "--timeout is taken, and changes nothing",
-            page + "A link that is cut: --timeout",
-            ["--timeout=60", "--batch-size=6", "--epochs=2"],
-            like_step_01,
-        ),
-    )
+    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=2"]
+    says = "--accumulate 3 with batches of 2 ends like batches of 6"
+    accumulated = Extra(says, TOLD_ACCUMULATE, accumulate, like_step_01)
+    says = "with a disk in each node, each node has the snapshots"
+    disks = Extra(says, TOLD_DISKS, ["--batch-size=3", "--epochs=1"], saved_on_each_node, nodes=2)
+    return judge_script("04", TODO, file, accumulated, disks)

@@ -1,0 +1,192 @@
+"""Batches: any map-style dataset, nested batches, and workers whose random numbers do not come twice.
+
+Promise: a dataset of one's own works in place of `load_mnist` with no other change.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import after_a_step, disagreements, drawn, planted, ranks_of, traced, train
+from torch.utils.data import DataLoader, Dataset
+
+from common.loading import collate, fingerprint, group_batches, loader_options, to_device
+from common.mnist import load_mnist
+from common.reporting import Reporter
+from common.run import Run
+from common.snapshot import restore_rng, rng_states
+
+CPU = torch.device("cpu")
+META = torch.device("meta")  # a device that is not the CPU, and that every machine has
+
+
+class Pair(NamedTuple):
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_every_tensor_of_a_nested_batch_moves():
+    one, two = torch.zeros(2), torch.ones(3)
+    batch = {"text": [one, (two, "a name")], "pair": Pair(one, two), "number": 3}
+    moved = to_device(batch, META)
+    assert moved.keys() == batch.keys()
+    assert isinstance(moved["text"], list) and isinstance(moved["text"][1], tuple)
+    assert isinstance(moved["pair"], Pair)
+    assert moved["text"][1][1] == "a name" and moved["number"] == 3
+    tensors = [moved["text"][0], moved["text"][1][0], *moved["pair"]]
+    assert [(tensor.device.type, len(tensor)) for tensor in tensors] == [("meta", n) for n in (2, 3, 2, 3)]
+    assert to_device(batch, CPU)["text"][0] is one
+
+
+def test_samples_are_stacked_and_a_whole_batch_is_left_alone():
+    batch = collate([{"x": torch.zeros(2), "y": 1}, {"x": torch.ones(2), "y": 2}])
+    assert batch["x"].shape == (2, 2) and batch["y"].tolist() == [1, 2]
+    whole = (torch.zeros(4), torch.ones(4))
+    assert collate(whole) is whole
+
+
+def test_groups_are_drawn_one_batch_at_a_time():
+    """And an incomplete group is left out."""
+    drawn = []
+    batches = (drawn.append(number) or number for number in range(7))
+    found = group_batches(batches, 3)
+    assert drawn == []
+    assert next(found) == [0, 1, 2] and drawn == [0, 1, 2]
+    assert [*found] == [[3, 4, 5]]
+
+
+class Plain(Dataset):
+    """Digits, one sample at a time, without any of the methods and names that `Digits` has."""
+
+    def __init__(self, digits):
+        self.digits = digits
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        images, labels = self.digits[index]
+        return images, labels.item()
+
+
+def test_nodes_compare_what_there_is_to_compare():
+    digits, _ = load_mnist(None, 12)
+    assert fingerprint(digits) == digits.checksum()
+    assert fingerprint(Plain(digits)) == "Plain-12 of 12 samples"
+
+
+OWN_DATA = """
+class Plain(torch.utils.data.Dataset):
+    def __init__(self, digits):
+        self.digits = digits
+
+    def __len__(self):
+        return len(self.digits)
+
+    def __getitem__(self, index):
+        images, labels = self.digits[index]
+        return SAMPLE
+
+
+def load_mnist(data_dir, num_samples, load=load_mnist):
+    return [Plain(digits) for digits in load(data_dir, num_samples)]
+
+
+class Trainer:
+"""
+TUPLES = ("class Trainer:\n", OWN_DATA.replace("SAMPLE", "images, labels.item()").lstrip())
+DICTIONARIES = [
+    ("class Trainer:\n", OWN_DATA.replace("SAMPLE", '{"pixels": images, "digit": labels}').lstrip()),
+    ("        _, labels = batch\n", '        labels = batch["digit"]\n'),
+]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("step", ["03", "05"])
+def test_a_dataset_of_ones_own_takes_the_place_of_mnist(once, tmp_path, step, ranks):
+    """It gives the same digits, so it has to end in the same weights, to the last bit."""
+    flags = ["--num-samples=91", f"--batch-size={12 // ranks}", "--epochs=2", "--precision=float64"]
+    root = planted(tmp_path / "root", step, TUPLES)
+    run = train(step, ranks, tmp_path, *flags, root=root)
+    usual = once(step, ranks, *flags)
+    assert run.events[0]["dataset"] == "Plain-91"
+    assert disagreements(run, usual) == [] and run.losses.equal(usual.losses)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", ["01", "03", "05"])
+def test_batches_may_be_dictionaries(once, tmp_path, step):
+    ranks = ranks_of(step)
+    flags = ["--num-samples=91", f"--batch-size={12 // ranks}", "--epochs=1", "--precision=float64"]
+    root = planted(tmp_path / "root", step, *DICTIONARIES)
+    script = next(root.glob("0*/train.py"))
+    unpacks = "        images, labels = batch\n"
+    source = script.read_text()
+    assert source.count(unpacks) == 2  # in the two methods that a copier replaces
+    script.write_text(source.replace(unpacks, '        images, labels = batch["pixels"], batch["digit"]\n'))
+    run = train(step, ranks, tmp_path, *flags, root=root)
+    assert run.losses.equal(once(step, ranks, *flags).losses)
+
+
+class Noisy(Dataset):
+    """What an augmentation would draw, in the worker."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.rand(())
+
+
+def noise(global_step, epochs):
+    """What two workers draw in so many epochs, in a run that has resumed at a step, or begun at 0."""
+    options = loader_options(2, CPU)
+    if global_step > 0:
+        state = {"rng": rng_states(CPU), "path": Path("s/snapshot"), "epoch": 0, "global_step": global_step}
+        report = Reporter(Run("01", "cnn", "noise", "float32", 0), CPU)
+        restore_rng(state, CPU, options["generator"], report)
+    loader = DataLoader(Noisy(), 4, **options)
+    return torch.cat([batch for _ in range(epochs) for batch in loader]).tolist()
+
+
+def test_workers_draw_other_numbers_in_each_epoch_and_after_a_resume():
+    torch.manual_seed(5)
+    first = noise(0, 2)
+    assert noise(0, 2) == first  # the same run again has the same
+    later = noise(4, 2)
+    assert len({*first, *later}) == 32
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", ["04", "05"])
+def test_accumulating_asks_the_loader_for_small_batches(tmp_path, step):
+    """Not for one that is `--accumulate` times as large."""
+    root = traced(planted(tmp_path / "root", step))
+    flags = ["--num-samples=91", "--batch-size=4", "--accumulate=3", "--epochs=1"]
+    train(step, 2, tmp_path, *flags, root=root)
+    processes = drawn(tmp_path, 91)
+    assert len(processes) == 2
+    # 45 samples of each rank: 11 batches of four, of which the last two are no step of three.
+    assert [[len(batch) for batch in batches] for batches in processes] == [[4] * 11] * 2
+
+
+STORAGES = "len({p.grad.untyped_storage().data_ptr() for p in self.model.parameters()})"
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", ["02", "03", "04"])
+def test_gradients_are_views_of_ddps_buckets(tmp_path, step):
+    """All in one bucket here: no second copy of them is in memory, also after micro-batches."""
+    says = after_a_step(f"self.report.say(f'storages {{{STORAGES}}}', self.rank)")
+    root = planted(tmp_path / "root", step, says)
+    flags = [
+        "--num-samples=48",
+        "--batch-size=4",
+        "--epochs=1",
+        *(["--accumulate=2"] if step == "04" else []),
+    ]
+    run = train(step, 2, tmp_path, *flags, root=root)
+    found = [line for line in run.out.splitlines() if line.startswith("storages")]
+    assert found and set(found) == {"storages 1"}
