@@ -23,8 +23,10 @@ def join(context):
         while not context.join():
             pass
     except mp.ProcessExitedException as error:
+        if -error.exit_code in received:  # a signal before the ranks were ready to save
+            sys.exit(128 - error.exit_code)
         if error.exit_code < 0:  # it was killed
             raise
         sys.exit(error.exit_code)  # the rank has said why
-    if received:  # before the ranks were ready to save: torch lets a rank end with 0 after a Ctrl-C
+    if received:  # torch lets a rank end with 0 after a Ctrl-C that comes so early
         sys.exit(128 + received[0])
