@@ -33,12 +33,8 @@ class MemoryReport:
         """Print the table; all ranks must call it."""
         parameters = list(self.model.parameters())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        slots = [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        slots = [value for value in states if isinstance(value, torch.Tensor)]
         kinds = (parameters, gradients, slots)
         whole = [sum(t.nbytes for t in kind) for kind in kinds]
         local = [[t.to_local() if isinstance(t, DTensor) else t for t in kind] for kind in kinds]

@@ -185,8 +185,8 @@ def load_groups(groups, saved_groups):
     What a group computes with, `fused` and `foreach`, stays as the optimizer was built.
     """
     for group, saved in zip(groups, saved_groups, strict=True):
-        own = {"params", "param_names", "fused", "foreach"}
-        group.update({name: value for name, value in saved.items() if name not in own})
+        kept = {"params", "param_names", "fused", "foreach"}
+        group.update({name: value for name, value in saved.items() if name not in kept})
 
 
 def reason_of(error):

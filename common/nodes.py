@@ -89,8 +89,8 @@ def load_newest_of_all(snapshots: snapshot.SnapshotFolder, receives: bool, timeo
         return state
     state = None  # free its memory before another one is loaded
     path = snapshot.path_of(snapshots.path, newest[0])
-    lacks_it = version != newest
-    send_snapshot(path, versions.index(newest), receives and lacks_it, timeout)
+    receives = receives and version != newest
+    send_snapshot(path, versions.index(newest), receives, timeout)
     return snapshots.load_newest()
 
 

@@ -58,12 +58,16 @@ def _draw(glyph: str, n: int, generator: torch.Generator) -> Tensor:
         curve = F.interpolate(row, (1, POINTS_PER_STROKE), mode="bicubic", align_corners=True)
         strokes.append(curve.squeeze(2).mT)
     path = torch.stack(strokes, dim=1)  # (n, strokes, points, xy)
-    width, slant, angle = uniform(0.7, 1.0, 1, 1), uniform(-0.1, 0.4, 1, 1), uniform(-0.2, 0.2, 1, 1)
+    width = uniform(0.7, 1.0, 1, 1)
+    slant = uniform(-0.1, 0.4, 1, 1)
+    angle = uniform(-0.2, 0.2, 1, 1)
     x, y = path.unbind(-1)
     x = width * x - slant * y
     path = torch.stack([x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()], dim=-1)
-    pen, size = uniform(0.65, 1.0, 1, 1, 1), uniform(14.0, 18.5, 1, 1, 1)
-    low, high = path.amin((1, 2), keepdim=True), path.amax((1, 2), keepdim=True)
+    pen = uniform(0.65, 1.0, 1, 1, 1)
+    size = uniform(14.0, 18.5, 1, 1, 1)
+    low = path.amin((1, 2), keepdim=True)
+    high = path.amax((1, 2), keepdim=True)
     path = (path - (low + high) / 2) * size / (high - low).amax(-1, keepdim=True)
     # A Gaussian pen has faded out three widths from the path: within this room no digit is cut off.
     room = (SIDE - 1) / 2 - size / 2 - 3 * pen
@@ -78,6 +82,7 @@ def _ink(path: Tensor, pen: Tensor) -> Tensor:
     middle = ((path[:, :, 1:] + path[:, :, :-1]) / 2).flatten(1, 2)
     length = path.diff(dim=2).norm(dim=-1).flatten(1, 2).unsqueeze(-1)
     pixel = torch.arange(SIDE) - (SIDE - 1) / 2
-    across, down = (torch.exp(-(((pixel - at.unsqueeze(-1)) / pen) ** 2) / 2) for at in middle.unbind(-1))
+    offset = pixel - middle.unsqueeze(-1)  # (n, segments, xy, 28)
+    across, down = torch.exp(-((offset / pen.unsqueeze(-1)) ** 2) / 2).unbind(2)
     # A 2-D Gaussian is an outer product of two 1-D ones, so summing along the path is a matrix product.
     return torch.bmm((down * length / (pen * math.sqrt(2 * math.pi))).mT, across)
