@@ -80,27 +80,30 @@ class Trainer:
         self.samples_seen = 0
 
     def run_batch(self, batch):
-        targets = max(1, self.count_targets(batch))
+        num_targets = max(1, self.count_targets(batch))
         batch = to_device(batch, self.device)
         seen = self.samples_seen / len(self.train_loader.dataset)
         self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
         with self.autocast:
-            loss = self.loss(batch) / targets
+            loss = self.loss(batch) / num_targets
         loss.backward()
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
 
     def count_targets(self, batch):
+        """How many answers of the batch count in the loss."""
         _, labels = batch
         return labels.numel()
 
     def loss(self, batch):
+        """The sum, not the mean, of the losses of these answers."""
         images, labels = batch
         logits = self.model(images)
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def per_sample_metrics(self, batch):
+        """Loss, correct answers and counted answers: three tensors whose first dimension is B."""
         images, labels = batch
         logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -114,28 +117,29 @@ class Trainer:
         for batch in self.test_loader:
             batch = to_device(batch, self.device)
             with self.autocast:
-                losses, correct, counted = self.per_sample_metrics(batch)
-            totals += torch.stack([losses.sum(), correct.sum(), counted.sum()])
+                metrics = self.per_sample_metrics(batch)
+            sums = [metric.sum(dtype=torch.float64) for metric in metrics]
+            totals += torch.stack(sums)
             if self.stop.requested():
                 self.stop.exit(self.report, self.global_step)
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())
 
     def save_snapshot(self):
-        rng = rng_states(self.device)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": rng,
+            "rng": rng_states(self.device),
         }
-        self.snapshots.save(**state)
+        self.snapshots.save(state)
 
     def load_snapshot(self):
         state = self.snapshots.load_newest()
         if state is None:
             return
+        self.report.resumed(state)
         restore_rng(state, self.device, self.train_loader.generator, self.report)
         self.model.load_state_dict(state["model"])
         keep_kernels(state["optimizer"]["param_groups"], self.optimizer)

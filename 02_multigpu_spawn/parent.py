@@ -28,5 +28,5 @@ def join(context):
         if error.exit_code < 0:  # it was killed
             raise
         sys.exit(error.exit_code)  # the rank has said why
-    if received:  # torch lets a rank end with 0 after a Ctrl-C that comes so early
+    if received:  # mp.spawn makes a rank's KeyboardInterrupt, before training, a status of 0
         sys.exit(128 + received[0])

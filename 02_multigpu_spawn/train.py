@@ -46,12 +46,12 @@ def worker(rank, port, args):
             rank=rank,
             world_size=args.world_size,
             timeout=timedelta(seconds=args.timeout),  # a rank that is silent for longer is lost
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now, not later
         )
     try:
         main(args, device)
     finally:
-        release_process_group()  # frees the model, which uses it; after an error, ends it at once
+        release_process_group()  # frees the model, which holds the group; aborts after an error
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -81,7 +81,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
-        self.samples_seen = 0  # in this epoch
+        self.samples_seen = 0  # in this epoch, by all ranks
         self.global_step = 0
 
     def train(self):
@@ -121,31 +121,35 @@ class Trainer:
         self.samples_seen = 0
 
     def run_batch(self, batch):
-        # DDP averages over the ranks, which may have different numbers of targets. Divided by the
-        # number of an average rank, the loss becomes the mean over the targets of all ranks.
-        targets = torch.full((), self.count_targets(batch), dtype=torch.float64, device=self.device)
-        dist.all_reduce(targets)
-        targets = targets.clamp(min=1) / self.world_size
+        # The ranks' gradients are averaged. Each rank divides by the mean number of targets, not by
+        # its own: then the average is the gradient of the mean loss over all ranks' targets.
+        count = self.count_targets(batch)
+        num_targets = torch.tensor(count, dtype=torch.float64, device=self.device)
+        dist.all_reduce(num_targets)
+        targets_per_rank = num_targets.clamp(min=1) / self.world_size
         batch = to_device(batch, self.device)
         seen = self.samples_seen / len(self.train_loader.dataset)
         self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
         with self.autocast:
-            loss = self.loss(batch) / targets
+            loss = self.loss(batch) / targets_per_rank
         loss.backward()  # in here, DDP averages the gradients of all ranks
         self.optimizer.step()
         return loss.detach()  # a tensor: .item() would make the CPU wait for the GPU in every step
 
     def count_targets(self, batch):
+        """How many answers of the batch count in the loss."""
         _, labels = batch
         return labels.numel()
 
     def loss(self, batch):
+        """The sum, not the mean, of the losses of these answers."""
         images, labels = batch
         logits = self.ddp_model(images)
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def per_sample_metrics(self, batch):
+        """Loss, correct answers and counted answers: three tensors whose first dimension is B."""
         images, labels = batch
         logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -155,15 +159,16 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
-        # DistributedSampler repeats samples, so that all ranks have the same number: not counted.
-        remaining = math.ceil((len(self.test_loader.dataset) - self.rank) / self.world_size)
+        # DistributedSampler repeats samples, to give all ranks the same number: they do not count.
+        remaining = len(range(self.rank, len(self.test_loader.dataset), self.world_size))
         self.model.eval()
         self.share_buffers()
         for batch in self.test_loader:
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
-            totals += torch.stack([metric[:remaining].sum() for metric in metrics])
+            sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
+            totals += torch.stack(sums)
             remaining = max(0, remaining - self.args.eval_batch_size)
             if self.stop.requested():
                 self.stop.exit(self.report, self.global_step)
@@ -187,12 +192,13 @@ class Trainer:
         }
         with keep_alive():  # a save may take longer than a collective may
             if self.rank == 0:  # all ranks have the same weights
-                self.snapshots.save(**state)
+                self.snapshots.save(state)
 
     def load_snapshot(self):
         state = self.snapshots.load_newest()
         if state is None:
             return
+        self.report.resumed(state)
         restore_rng(state, self.device, self.train_loader.generator, self.report)
         self.model.load_state_dict(state["model"])
         keep_kernels(state["optimizer"]["param_groups"], self.optimizer)

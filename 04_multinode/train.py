@@ -44,13 +44,13 @@ def worker(args):
     with rendezvous_errors():  # one line if some of the ranks do not come
         dist.init_process_group(  # torchrun's environment variables have address and rank
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
-            timeout=timedelta(seconds=args.timeout),  # nothing else notices a cut cable
-            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=args.timeout),  # a rank that is silent for longer is lost
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now, not later
         )
     try:
         main(args, device)
     finally:
-        release_process_group()  # frees the model, which uses it; after an error, ends it at once
+        release_process_group()  # frees the model, which holds the group; aborts after an error
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -68,6 +68,7 @@ class Trainer:
         self.report.start(train_data, args.epochs, args.batch_size, vars(args), args.accumulate)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self.is_saver = self.rank == min(ranks_sharing(snapshots.path))  # the lowest on each disk
         options = loader_options(args.num_workers, device)
         train_sampler = DistributedSampler(train_data, seed=args.seed, drop_last=True)
         self.sampler = ResumableSampler(train_sampler)
@@ -80,12 +81,10 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
-        self.samples_seen = 0  # in this epoch
+        self.samples_seen = 0  # in this epoch, by all ranks
         self.global_step = 0
 
     def train(self):
-        # On each disk, the lowest rank saves.
-        self.saves = self.rank == min(ranks_sharing(self.snapshots.path))
         # DDP's first backward pass decides in which order it adds: the same in a resumed run.
         fix_bucket_order(self.model, self.loss, self.autocast, self.train_loader, self.device)
         self.load_snapshot()
@@ -123,12 +122,12 @@ class Trainer:
         self.samples_seen = 0
 
     def run_batch(self, micro_batches):
-        # The ranks are averaged, and may have different numbers of targets. Divided by the number
-        # of an average rank, the loss becomes the mean over the targets of all ranks.
+        # The ranks' gradients are averaged. Each rank divides by the mean number of targets, not by
+        # its own: then the average is the gradient of the mean loss over all ranks' targets.
         count = sum(self.count_targets(batch) for batch in micro_batches)
-        targets = torch.full((), count, dtype=torch.float64, device=self.device)
-        dist.all_reduce(targets)
-        targets = targets.clamp(min=1) / self.world_size
+        num_targets = torch.tensor(count, dtype=torch.float64, device=self.device)
+        dist.all_reduce(num_targets)
+        targets_per_rank = num_targets.clamp(min=1) / self.world_size
         seen = self.samples_seen / len(self.train_loader.dataset)
         self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
@@ -140,7 +139,7 @@ class Trainer:
             averaging = contextlib.nullcontext() if is_last else self.ddp_model.no_sync()
             with averaging:
                 with self.autocast:
-                    loss = self.loss(batch) / targets
+                    loss = self.loss(batch) / targets_per_rank
                 loss.backward()  # in the last of them, DDP averages the gradients of all ranks
             step_loss += loss.detach()
         if self.args.clip_norm:
@@ -149,15 +148,18 @@ class Trainer:
         return step_loss  # a tensor: .item() would make the CPU wait for the GPU in every step
 
     def count_targets(self, batch):
+        """How many answers of the batch count in the loss."""
         _, labels = batch
         return labels.numel()
 
     def loss(self, batch):
+        """The sum, not the mean, of the losses of these answers."""
         images, labels = batch
         logits = self.ddp_model(images)
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def per_sample_metrics(self, batch):
+        """Loss, correct answers and counted answers: three tensors whose first dimension is B."""
         images, labels = batch
         logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -167,15 +169,16 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
-        # DistributedSampler repeats samples, so that all ranks have the same number: not counted.
-        remaining = math.ceil((len(self.test_loader.dataset) - self.rank) / self.world_size)
+        # DistributedSampler repeats samples, to give all ranks the same number: they do not count.
+        remaining = len(range(self.rank, len(self.test_loader.dataset), self.world_size))
         self.model.eval()
         self.share_buffers()
         for batch in self.test_loader:
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
-            totals += torch.stack([metric[:remaining].sum() for metric in metrics])
+            sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
+            totals += torch.stack(sums)
             remaining = max(0, remaining - self.args.eval_batch_size)
             if self.stop.requested():
                 self.stop.exit(self.report, self.global_step)
@@ -198,14 +201,15 @@ class Trainer:
             "rng": rng,
         }
         with keep_alive():  # a save may take longer than a collective may
-            if self.saves:  # all ranks have the same weights
-                self.snapshots.save(**state)
+            if self.is_saver:  # all ranks have the same weights
+                self.snapshots.save(state)
 
     def load_snapshot(self):
         # A node may be new, or late: all resume from the newest snapshot that any of them has.
-        state = load_newest_of_all(self.snapshots, self.saves, self.args.timeout)
+        state = load_newest_of_all(self.snapshots, self.is_saver, self.args.timeout)
         if state is None:
             return
+        self.report.resumed(state)
         restore_rng(state, self.device, self.train_loader.generator, self.report)
         self.model.load_state_dict(state["model"])
         keep_kernels(state["optimizer"]["param_groups"], self.optimizer)
@@ -220,7 +224,7 @@ class Trainer:
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    # Nodes that differ would wait for each other forever, or train on different data.
+    # Nodes that differ would wait for each other until the timeout, or train on different data.
     check_ranks_agree(__file__, flags=vars(args), data=fingerprint(train_data))
     model = build_model(args.model, args.precision, args.vit_width, args.vit_depth).to(device)
     if args.compile:

@@ -76,7 +76,7 @@ def scatter(folder, state):
     dcp.save(shards, storage_writer=writer)
     rest = {key: value for key, value in state.items() if key not in (*shards, "checksum", "writer")}
     rest["param_groups"] = state["optimizer"]["param_groups"]
-    sharded.finish(folder, writer.layout(), writer.checksums, rest)
+    sharded.commit(folder, writer.layout(), writer.checksums, rest)
 
 
 def main(args):
@@ -87,7 +87,7 @@ def main(args):
     other = path.with_suffix(".pt" if is_folder else "")
     if other.exists():
         fail(f"{other} is there already: delete it first")
-    state, problem = (sharded if is_folder else snapshot).read(path)
+    state, problem = sharded.read(path) if is_folder else snapshot.read(path)
     if problem:
         fail(f"{path} is damaged ({problem}): take the one before it")
     if state["format"] != snapshot.FORMAT:

@@ -51,6 +51,7 @@ def keep_batch_norm(model, fsdp_kwargs):
 
 def checkpoint_activations(unit):
     """With --activation-checkpointing: keep what goes into a unit; backward computes the rest again."""
+    # torch's checkpoint_wrapper would be a module around the unit, and change the names of its parameters.
     unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
 
 
@@ -61,18 +62,17 @@ def initialize(model, build, device, resumes):
     model only if that has buffers which no snapshot contains.
     """
     buffers = dict(model.named_buffers())
-    for buffer in buffers.values():
+    if not resumes or not buffers.keys() <= model.state_dict().keys():
+        # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
+        whole = build() if dist.get_rank() == 0 else None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, {} if whole is None else whole.state_dict(), options=options)
+        for name, buffer in buffers.items():  # a state_dict does not have all of them
+            if whole is not None:
+                buffer.copy_(whole.get_buffer(name))
+            dist.broadcast(buffer, src=0)
+    for buffer in buffers.values():  # last: set_model_state_dict wants all tensors on one device
         buffer.data = buffer.to(device)  # no buffer is offloaded
-    if resumes and buffers.keys() <= model.state_dict().keys():
-        return
-    # A seed would fill every rank's shards with the same numbers: the first rank makes the whole instead.
-    whole = build() if dist.get_rank() == 0 else None
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, {} if whole is None else whole.state_dict(), options=options)
-    for name, buffer in buffers.items():  # a state_dict does not have all of them
-        if whole is not None:
-            buffer.copy_(whole.get_buffer(name))
-        dist.broadcast(buffer, src=0)
 
 
 def check_sharded(optimizer):

@@ -119,8 +119,10 @@ def metadata_of(layout, files):
 
     Raises ValueError, or nearly any other error, if it is not a layout of these files.
     """
-    tensors, places = {}, {}
-    room = left = sum(files.values())
+    tensors = {}
+    places = {}
+    bytes_for_tensors = sum(files.values())
+    bytes_for_parts = sum(files.values())
     for name, entry in layout.items():
         if not isinstance(name, str) or not isinstance(entry["dtype"], str):
             raise ValueError("a name or a dtype is not a string")
@@ -128,7 +130,7 @@ def metadata_of(layout, files):
         size = torch.Size(entry["size"])
         if min(size, default=0) < 0:
             raise ValueError(f"{name} is not a tensor")
-        room -= math.prod(size) * dtype.itemsize
+        bytes_for_tensors -= math.prod(size) * dtype.itemsize
         chunks = []
         for number, part in enumerate(entry["parts"]):
             if [type(part[key]) for key in ("file", "start", "bytes")] != [str, int, int]:
@@ -137,8 +139,8 @@ def metadata_of(layout, files):
                 raise ValueError(f"{part['file']} is not one of the files")
             if not 0 <= part["start"] < part["start"] + part["bytes"] <= files[part["file"]]:
                 raise ValueError(f"{name} is not all in {part['file']}")
-            left -= part["bytes"]
-            if left < 0:  # one part, many times: a small file would fill the memory
+            bytes_for_parts -= part["bytes"]
+            if bytes_for_parts < 0:  # one part, many times: a small file would fill the memory
                 raise ValueError("its parts are larger than the files")
             chunks.append(ChunkStorageMetadata(torch.Size(part["offsets"]), torch.Size(part["sizes"])))
             places[MetadataIndex(name, part["offsets"], number)] = SimpleNamespace(
@@ -148,7 +150,7 @@ def metadata_of(layout, files):
                 transform_descriptors=None,
             )
         tensors[name] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
-    if room < 0:
+    if bytes_for_tensors < 0:
         raise ValueError("its tensors are larger than the files")
     return Metadata(tensors, storage_data=places)
 
@@ -174,9 +176,19 @@ def reader(state):
     try:
         with snapshot.only_tensors():
             yield Reader(state)
+        del state["layout"], state["metadata"]  # of a big model they are big
     except dcp.CheckpointException as error:  # the same on all ranks
         problem = f"cannot be loaded ({snapshot.written_by(state)}): {reason_of(error)}"
         fail(f"{state['path']} {problem}; to resume from the one before, move it away")
+
+
+def saved_slots(slots, state):
+    """Of an optimizer's state by parameter, `slots`, that of the parameters which have some in `state`.
+
+    A parameter that has had no gradient before the snapshot, such as one that is not used, has none.
+    """
+    saved = {name.rpartition(".")[0] for name in state["metadata"].state_dict_metadata}
+    return {name: slot for name, slot in slots.items() if f"optimizer.{name}" in saved}
 
 
 def load_groups(groups, saved_groups):
@@ -196,7 +208,7 @@ def reason_of(error):
 
 
 class Writer(dcp.FileSystemWriter):
-    """For `dcp.async_save`: it writes a snapshot's shards, until `finish` gives that its name."""
+    """For `dcp.async_save`: it writes a snapshot's shards, until `commit` gives that its name."""
 
     def __init__(self, folder, global_step, group=None):
         super().__init__(unfinished(folder, global_step))
@@ -242,11 +254,11 @@ class Writer(dcp.FileSystemWriter):
 
 
 def unfinished(folder, global_step):
-    """Where the shards of a snapshot are written, until `finish` gives it its name."""
+    """Where the shards of a snapshot are written, until `commit` gives it its name."""
     return folder / f".snapshot-{global_step:08d}.tmp"
 
 
-def finish(folder, layout, checksums, state):
+def commit(folder, layout, checksums, state):
     """Make a snapshot of the shards that are all in `unfinished(folder, …)`.
 
     Args:
@@ -262,7 +274,7 @@ def finish(folder, layout, checksums, state):
     path = folder / f"snapshot-{state['global_step']:08d}"
     for file in shards.iterdir():
         if file.name not in checksums:
-            file.unlink()  # a kill in an earlier `finish` has left it
+            file.unlink()  # a kill in an earlier `commit` has left it
     snapshot.write(shards / STATE, {**state, "layout": layout, "checksums": checksums})
     if path.exists():  # damaged: a folder cannot be replaced in one go
         os.rename(path, shards.with_suffix(".old.tmp"))
@@ -273,8 +285,9 @@ def finish(folder, layout, checksums, state):
 
 def delete_old(folder):
     """Delete all sharded snapshots but the newest three, and unfinished ones. Raises OSError."""
-    for old in [*snapshot.snapshots(folder, True)[snapshot.KEEP :], *folder.glob(".snapshot-*.tmp")]:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in snapshot.snapshots(folder, sharded=True)[snapshot.KEEP :]:
+        shutil.rmtree(old)
+    snapshot.delete_unfinished(folder)
 
 
 def free_on(folder):
@@ -285,7 +298,7 @@ def free_on(folder):
 
 
 class Saver:
-    """Finishes snapshots in a thread while training continues; the end of its `with` waits for the last.
+    """Commits snapshots in a thread while training continues; the end of its `with` waits for the last.
 
     `snapshots` is the folder for them. A collective of the thread may take `timeout` seconds.
     """
@@ -298,23 +311,28 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def __enter__(self):
-        self.thread = ThreadPoolExecutor(1)
+        if dist.get_rank() == 0:
+            try:
+                snapshot.delete_unfinished(self.snapshots.path)
+            except OSError as error:
+                fail(f"cannot delete {error.filename}: {error.strerror}; {snapshot.REMEDY}")
+        self.executor = ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *error):
-        self.thread.shutdown()
+        self.executor.shutdown()
 
     def writer(self, global_step):
         """For `dcp.async_save`: it writes the shards of the snapshot of a step."""
         return Writer(self.snapshots.path, global_step, self.group)
 
-    def finish(self, writing, writer, state):
+    def commit(self, writing, writer, state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""
         self.newest = state["global_step"]
         state = {**state, **self.snapshots.identity}
-        self.saving = self.thread.submit(self.finish_now, writing, writer, state)
+        self.saving = self.executor.submit(self.commit_now, writing, writer, state)
 
-    def finish_now(self, writing, writer, state):
+    def commit_now(self, writing, writer, state):
         """What the thread does. Returns what went wrong, the same on all ranks, or None."""
         folder = self.snapshots.path
         problem = None
@@ -324,10 +342,10 @@ class Saver:
             dist.all_gather_object(checksums, writer.checksums, group=self.group)
             with keep_alive(self.group):
                 if dist.get_rank() == 0:
-                    path = finish(folder, writer.layout(), dict(ChainMap(*checksums)), state)
+                    path = commit(folder, writer.layout(), dict(ChainMap(*checksums)), state)
                     delete_old(folder)
                     if self.snapshots.verbose:
-                        print(f"[rank 0] saved {path}")
+                        print(f"[rank 0] saved {path}", flush=True)
         except dcp.CheckpointException as error:  # the same on all ranks
             reason = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
             problem = f"{reason}{free_on(folder)}; {snapshot.REMEDY}"

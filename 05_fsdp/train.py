@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `common` is
@@ -55,13 +55,13 @@ def worker(args):
     with rendezvous_errors():  # one line if some of the ranks do not come
         dist.init_process_group(  # torchrun's environment variables have address and rank
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
-            timeout=timedelta(seconds=args.timeout),  # nothing else notices a cut cable
-            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=args.timeout),  # a rank that is silent for longer is lost
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now, not later
         )
     try:
         main(args, device)
     finally:
-        release_process_group()  # frees the model, which uses it; after an error, ends it at once
+        release_process_group()  # frees the model, which holds the group; aborts after an error
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -90,6 +90,8 @@ def shard_model(args, model, device, mesh):
         unit_policy = MixedPrecisionPolicy(**dtypes)
         root_policy = MixedPrecisionPolicy(**dtypes, output_dtype=torch.float32)
     for unit in units(args, model):
+        if isinstance(unit, FSDPModule):
+            continue  # a batch norm that is a unit of its own
         if args.activation_checkpointing:
             fsdp_options.checkpoint_activations(unit)  # computed again in backward, not kept
         fully_shard(unit, **fsdp_kwargs, mp_policy=unit_policy)
@@ -118,7 +120,7 @@ class Trainer:
         self.memory = MemoryReport(model, optimizer, device, report)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
-        self.samples_seen = 0  # in this epoch
+        self.samples_seen = 0  # in this epoch, by all ranks
         self.global_step = 0
 
     def train(self, state):
@@ -161,12 +163,12 @@ class Trainer:
         self.samples_seen = 0
 
     def run_batch(self, micro_batches):
-        # The ranks are averaged, and may have different numbers of targets. Divided by the number
-        # of an average rank, the loss becomes the mean over the targets of all ranks.
+        # The ranks' gradients are averaged. Each rank divides by the mean number of targets, not by
+        # its own: then the average is the gradient of the mean loss over all ranks' targets.
         count = sum(self.count_targets(batch) for batch in micro_batches)
-        targets = torch.full((), count, dtype=torch.float64, device=self.device)
-        dist.all_reduce(targets)
-        targets = targets.clamp(min=1) / self.world_size
+        num_targets = torch.tensor(count, dtype=torch.float64, device=self.device)
+        dist.all_reduce(num_targets)
+        targets_per_rank = num_targets.clamp(min=1) / self.world_size
         seen = self.samples_seen / len(self.train_loader.dataset)
         self.schedule.set_progress((self.epoch + seen) / self.args.epochs)
         self.optimizer.zero_grad()
@@ -176,7 +178,7 @@ class Trainer:
             # Until the last backward(), each rank keeps whole gradients, not a shard of them.
             is_last = number == len(micro_batches)
             self.model.set_requires_gradient_sync(is_last)
-            loss = self.loss(batch) / targets
+            loss = self.loss(batch) / targets_per_rank
             loss.backward()  # in the last, each rank gets its shard of the averaged gradients
             step_loss += loss.detach()
         if self.args.clip_norm:
@@ -185,15 +187,18 @@ class Trainer:
         return step_loss  # a tensor: .item() would make the CPU wait for the GPU in every step
 
     def count_targets(self, batch):
+        """How many answers of the batch count in the loss."""
         _, labels = batch
         return labels.numel()
 
     def loss(self, batch):
+        """The sum, not the mean, of the losses of these answers."""
         images, labels = batch
         logits = self.model(images)
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def per_sample_metrics(self, batch):
+        """Loss, correct answers and counted answers: three tensors whose first dimension is B."""
         images, labels = batch
         logits = self.model(images)
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -203,14 +208,15 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self):
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
-        # DistributedSampler repeats samples, so that all ranks have the same number: not counted.
-        remaining = math.ceil((len(self.test_loader.dataset) - self.rank) / self.world_size)
+        # DistributedSampler repeats samples, to give all ranks the same number: they do not count.
+        remaining = len(range(self.rank, len(self.test_loader.dataset), self.world_size))
         self.model.eval()
         self.share_buffers()
         for batch in self.test_loader:
             batch = to_device(batch, self.device)
             metrics = self.per_sample_metrics(batch)
-            totals += torch.stack([metric[:remaining].sum() for metric in metrics])
+            sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
+            totals += torch.stack(sums)
             remaining = max(0, remaining - self.args.eval_batch_size)
             if self.stop.requested():
                 self.saver.wait()
@@ -244,21 +250,23 @@ class Trainer:
             storage_writer=writer,
             process_group=self.saver.group,
         )
-        self.saver.finish(writing, writer, state)
+        self.saver.commit(writing, writer, state)
 
     def load_snapshot(self, state):
         if state is None:
             return
+        self.report.resumed(state)
         restore_rng(state, self.device, self.train_loader.generator, self.report)
         # A new optimizer has no state yet: this makes it, with a step at learning rate 0.
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        optimizer["state"] = sharded.saved_slots(optimizer["state"], state)
         shards = {"model": model, "optimizer": optimizer["state"]}
         with sharded.reader(state) as reader:
             dcp.load(shards, storage_reader=reader)  # reshards if the world size has changed
-        optimizer["state"] = shards["optimizer"]
         sharded.load_groups(optimizer["param_groups"], state["param_groups"])
         loaded = {"model_state_dict": model, "optim_state_dict": optimizer}
-        set_state_dict(self.model, self.optimizer, **loaded)
+        options = StateDictOptions(strict=False)  # a parameter without gradients has no state
+        set_state_dict(self.model, self.optimizer, **loaded, options=options)
         self.schedule.reset()  # to the learning rates of this run's flags
         self.epoch = state["epoch"]
         # The number of ranks may have changed: round up to a multiple of it.
@@ -270,7 +278,7 @@ class Trainer:
 def main(args, device):
     torch.manual_seed(args.seed)
     train_data, test_data = load_mnist(args.data_dir, args.num_samples)
-    # Nodes that differ would wait for each other forever, or train on different data.
+    # Nodes that differ would wait for each other until the timeout, or train on different data.
     check_ranks_agree(__file__, flags=vars(args), data=fingerprint(train_data))
     build = partial(build_model, args.model, args.precision, args.vit_width, args.vit_depth)
     with torch.device("meta" if args.meta_init else "cpu"):
@@ -280,7 +288,7 @@ def main(args, device):
     run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
     snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose, sharded.read)
     check_shared(snapshots.path)
-    state = snapshots.load_newest()
+    state = snapshots.load_newest()  # first: a run that resumes needs no initial weights
     mesh = fsdp_options.make_mesh(args.replicas, device, args.timeout)
     shard_model(args, model, device, mesh)
     if args.meta_init:  # there were only shapes until now, and a snapshot has the weights

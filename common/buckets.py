@@ -17,7 +17,9 @@ def fix_bucket_order(
     loader: DataLoader[Any],
     device: torch.device,
 ) -> None:
-    """Let DDP see a backward pass, of two samples, that trains nothing. Call it before a snapshot is loaded.
+    """Let DDP see a backward pass, of two samples, that trains nothing.
+
+    Call it before a snapshot is loaded: the dataset may draw random numbers here, and loading restores them.
 
     DDP sums the gradients of several parameters at a time, a bucket. After the first backward pass it
     regroups the buckets once, in the order in which the gradients were ready. The grouping decides in which

@@ -21,7 +21,7 @@ FILES = {  # and their bytes: 16 or 8 of header, one a pixel or label (http://ya
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
-FALLBACK = 60_000  # synthetic training digits in MNIST's place: as many as it has
+FALLBACK_SAMPLES = 60_000  # synthetic training digits in MNIST's place: as many as it has
 
 
 class Digits(TensorDataset):
@@ -60,7 +60,7 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
     if problem:
         fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
         warn(fallback)
-        return synthetic(FALLBACK, fallback)
+        return synthetic(FALLBACK_SAMPLES, fallback)
     train_images, train_labels, test_images, test_labels = [read(raw / name) for name in FILES]
     return Digits(train_images, train_labels, "mnist"), Digits(test_images, test_labels, "mnist")
 

@@ -7,7 +7,7 @@ MEAN, STD = 0.1307, 0.3081  # of the pixels of MNIST's 60,000 training images, s
 
 
 class Normalized(nn.Module):
-    """`net`'s logits (batch, 10) for uint8 images (batch, 28, 28): a quarter of the bytes to move."""
+    """`net`'s logits (B, 10) for uint8 images (B, 28, 28): a quarter of float32's bytes to copy to a GPU."""
 
     def __init__(self, net: nn.Module, name: str):
         super().__init__()
@@ -15,9 +15,9 @@ class Normalized(nn.Module):
         self.name = name
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        dtype = next(self.net.parameters()).dtype
-        pixels = images.unsqueeze(1).to(dtype) / 255
-        return self.net((pixels - MEAN) / STD)
+        dtype = next(self.net.parameters()).dtype  # FSDP's gathered weights may be bfloat16
+        pixels = images.unsqueeze(1).to(torch.promote_types(dtype, torch.float32)) / 255
+        return self.net(((pixels - MEAN) / STD).to(dtype))
 
 
 def cnn() -> nn.Module:

@@ -36,12 +36,11 @@ def check_ranks_agree(script: str, flags: dict[str, Any], data: str) -> None:
     ranks = gather_objects((socket.gethostname(), values))
     first_host, first_values = ranks[0]
     differences = []
-    for rank, (host, others) in enumerate(ranks):
+    for rank, (host, rank_values) in enumerate(ranks):
         for name, value in first_values.items():
-            if others.get(name) != value:
-                differences.append(
-                    f"rank {rank} on {host} has {name} {others.get(name)}, rank 0 on {first_host} has {value}"
-                )
+            if rank_values.get(name) != value:
+                found = f"rank {rank} on {host} has {name} {rank_values.get(name)}"
+                differences.append(f"{found}, rank 0 on {first_host} has {value}")
     if differences:
         fail(f"{'; '.join(differences[:6])}: make the nodes the same")
 
@@ -76,10 +75,10 @@ def check_shared(folder: Path) -> None:
         fail(f"{folder} is not on a disk that all nodes share: use one")
 
 
-def load_newest_of_all(snapshots: snapshot.SnapshotFolder, receives: bool, timeout: float) -> Any:
+def load_newest_of_all(snapshots: snapshot.SnapshotFolder, is_saver: bool, timeout: float) -> Any:
     """The state in the newest snapshot that any rank has, None if there is none. All ranks call it.
 
-    Ranks with `receives`, one for each disk, first write a copy of it where it is missing.
+    Ranks with `is_saver`, one for each disk, first write a copy of it where it is missing.
     """
     state = snapshots.load_newest(same_on_all_ranks=False)
     version = (state["global_step"], state["checksum"]) if state else (-1, b"")
@@ -89,8 +88,8 @@ def load_newest_of_all(snapshots: snapshot.SnapshotFolder, receives: bool, timeo
         return state
     state = None  # free its memory before another one is loaded
     path = snapshot.path_of(snapshots.path, newest[0])
-    receives = receives and version != newest
-    send_snapshot(path, versions.index(newest), receives, timeout)
+    must_receive = is_saver and version != newest
+    send_snapshot(path, versions.index(newest), must_receive, timeout)
     return snapshots.load_newest()
 
 

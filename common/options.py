@@ -62,7 +62,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def whole_number(text: str, low: int = 1, high: int = 10**9, step: int = 1) -> int:
-    """An integer from `low` to `high` (torch counts nanoseconds), a multiple of `step`, for argparse."""
+    """An integer from `low` to `high`, a multiple of `step`, for argparse.
+
+    Of seconds, torch's timeouts can have 10**9: they count nanoseconds in 64 bits.
+    """
     is_number = text.isascii() and text.isdigit()
     if not is_number or not low <= int(text) <= high or int(text) % step != 0:
         kind = f"multiple of {step}" if step > 1 else "whole number"
@@ -94,18 +97,18 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     natural = functools.partial(whole_number, low=0, high=2**32 - 1)  # a seed: the epoch is added to it
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
     workers = functools.partial(whole_number, low=0, high=1024)
-    digits = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
+    sample_count = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
     add = parser.add_argument
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
-    add("--eval-batch-size", type=whole_number, default=1000, metavar="N", help="the same in tests (1000)")
+    add("--eval-batch-size", type=whole_number, default=1000, metavar="N", help="the same, for tests (1000)")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
     add("--schedule", choices=["constant", "one-cycle"], default="constant", help="constant unless given")
     add("--seed", type=natural, default=0, metavar="N", help="the same on every rank (0)")
     add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
     add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
-    add("--num-samples", type=digits, metavar="N", help="train on N synthetic digits, not MNIST")
+    add("--num-samples", type=sample_count, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
     add("--num-workers", type=workers, default=0, metavar="N", help="processes that load the data (0: none)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP imports it. It keeps the group that exists then: so it is imported before
+import torch.distributed.nn  # before there is a group: its functions keep one that exists (DDP imports it)
 from torch.distributed.device_mesh import DeviceMesh
 
 from common.options import fail

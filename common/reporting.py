@@ -34,10 +34,10 @@ class Reporter:
         run: Run,
         device: torch.device,
         metrics: Path | None = None,
-        profile: Path | None = None,
+        trace_dir: Path | None = None,
         verbose: bool = False,
     ):
-        """Open the file `metrics`, and make the folder `profile` for traces. `fail`s if it cannot."""
+        """Open the file `metrics`, and make the folder `trace_dir` for traces. `fail`s if it cannot."""
         self.run = run
         self.device = device
         self.verbose = verbose
@@ -46,7 +46,7 @@ class Reporter:
         self.samples = 0  # trained on since the start
         self.seconds = 0.0  # that they have taken
         self.metrics: TextIO | None = None
-        self.profile = profile
+        self.trace_dir = trace_dir
         self.profiler: Any = None
         self.open_files(metrics)
 
@@ -85,18 +85,23 @@ class Reporter:
         values |= {"world_size": self.world_size, "train_samples": len(data)}
         self.write("start", **flags | values)
 
+    def resumed(self, state: dict[str, Any]) -> None:
+        """Say from which snapshot this run resumes."""
+        place = f"epoch {state['epoch']}, step {state['global_step']}"
+        self.say(f"resumed from {state['path'].parent}: {place}")
+
     def open_files(self, metrics: Path | None) -> None:
-        """Open the metrics file, and start the profiler, if they are asked for."""
+        """Open the metrics file, and make the profiler, if they are asked for."""
         try:
             if metrics and self.rank == 0:
                 metrics.parent.mkdir(parents=True, exist_ok=True)
                 self.metrics = metrics.open("a")  # a resumed run continues in the same file
-            if self.profile:
-                self.profile.mkdir(parents=True, exist_ok=True)
+            if self.trace_dir:
+                self.trace_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"cannot write {error.filename}: {error.strerror}; choose another --metrics or --profile")
-        if self.profile:
-            trace = str(self.profile / f"{self.run.step}-rank-{self.rank}.json")  # for ui.perfetto.dev
+        if self.trace_dir:
+            trace = str(self.trace_dir / f"{self.run.step}-rank-{self.rank}.json")  # for ui.perfetto.dev
             self.profiler = profile(
                 schedule=schedule(wait=WAIT, warmup=WARM_UP, active=TRACED, repeat=1),
                 on_trace_ready=lambda profiler: profiler.export_chrome_trace(trace),
@@ -196,6 +201,6 @@ class Reporter:
             )
         self.write("end", global_step=global_step, samples_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.profiler and self.profiler.step_num < WAIT + WARM_UP:
-            warn(f"no trace in {self.profile}: it begins {WAIT + WARM_UP} steps after the start")
+            warn(f"no trace in {self.trace_dir}: it begins {WAIT + WARM_UP} steps after the start")
         if self.caveat:
             warn(self.caveat)

@@ -14,7 +14,7 @@ class Schedule:
     def __init__(self, optimizer: Optimizer, name: str):
         self.optimizer = optimizer
         self.name = name
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def set_progress(self, done: float) -> None:
         """Set the learning rates for a moment when a fraction `done` of the training, from 0 to 1, is done.
@@ -30,8 +30,8 @@ class Schedule:
 
     def scale(self, factor: float) -> None:
         """Set each group's learning rate to `factor` times the one that it was built with."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * factor
 
 
 def one_cycle(done: float) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import zlib
@@ -129,11 +130,11 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             crc = checksum(file, size - 4)
-            end = {"checksum": file.read(4)}
-            if crc != int.from_bytes(end["checksum"], "big"):
+            trailer = {"checksum": file.read(4)}
+            if crc != int.from_bytes(trailer["checksum"], "big"):
                 return {}, f"wrong checksum: altered, cut off at {size:,} bytes, or never a snapshot"
             file.seek(max(0, size - 4 - len(WRITER)))
-            end["writer"] = file.read(len(WRITER))
+            trailer["writer"] = file.read(len(WRITER))
             file.seek(0)
             with only_tensors():
                 state = torch.load(file, map_location="cpu", weights_only=True)
@@ -141,10 +142,10 @@ def read(path: Path) -> tuple[dict[str, Any], str]:
         fail(f"cannot read {path}: {error.strerror}; make it readable or choose another --snapshot-dir")
     except Exception as error:  # whoever made this file, the unpickler can raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return {}, f"{reason}; {written_by(end)}"
+        return {}, f"{reason}; {written_by(trailer)}"
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         return {}, "not a snapshot of this project"
-    return {**state, **end}, ""
+    return {**state, **trailer}, ""
 
 
 @contextlib.contextmanager
@@ -191,10 +192,11 @@ class SnapshotFolder:
         self.verbose = verbose
         self.read_shards = read_shards
 
-    def save(self, **state: Any) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         """Write `state`, of tensors, numbers and strings, to a new file; delete old ones. May `fail`."""
         path = path_of(self.path, state["global_step"])
         try:
+            delete_unfinished(self.path)
             write(path, {**state, **self.identity})
             delete_old(self.path)
         except OSError as error:
@@ -217,9 +219,9 @@ class SnapshotFolder:
         state: Any = None
         problems: list[str] = []
         read_one = self.read_shards or read
-        # Reading may take one rank longer than another. sharded.read sees to that itself.
-        waiting = contextlib.nullcontext() if self.read_shards else keep_alive()
-        with waiting:
+        # Reading may take one rank longer than another.
+        beating = contextlib.nullcontext() if self.read_shards else keep_alive()  # sharded.read has its own
+        with beating:
             for path in paths:
                 state, problem = read_one(path)
                 if not problem:
@@ -227,11 +229,12 @@ class SnapshotFolder:
                 problems.append(f"{path} is damaged ({problem})")
         if problems and len(problems) == len(paths):
             fail(f"{'; '.join(problems)}; no snapshot is left, delete {self.path} to start again")
-        for problem in problems:
-            warn(f"{problem}; using {path} instead")
         if state:
-            self.check_identity(path, state)
-            state["path"] = path
+            loaded = path
+            for problem in problems:
+                warn(f"{problem}; using {loaded} instead")
+            self.check_identity(loaded, state)
+            state["path"] = loaded
         if same_on_all_ranks and dist.is_initialized():
             check_same_start(self.identity, state["global_step"] if state else None)
         return state
@@ -260,9 +263,18 @@ class SnapshotFolder:
 
 
 def delete_old(folder: Path) -> None:
-    """Delete all files of snapshots but the newest three, and unfinished ones. Raises OSError."""
-    for path in [*snapshots(folder)[KEEP:], *folder.glob(".snapshot-*.tmp")]:
+    """Delete all files of snapshots but the newest three. Raises OSError."""
+    for path in snapshots(folder)[KEEP:]:
         path.unlink()
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what killed saves have left, files and folders: it may fill the disk. Raises OSError."""
+    for path in folder.glob(".snapshot-*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def check_same_start(identity: dict[str, Any], global_step: int | None) -> None:
@@ -281,20 +293,19 @@ def rng_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
 
 
 def restore_rng(
-    state: dict[str, Any], device: torch.device, workers: torch.Generator, report: Reporter
+    state: dict[str, Any], device: torch.device, workers: torch.Generator | None, report: Reporter
 ) -> None:
     """Continue with the random numbers of this rank in the snapshot `state`, as `rng_states` gave them.
 
     With another number of ranks, or another kind of device, they start from a new seed. `workers` is the
-    generator from which the DataLoader takes its workers' seeds. It continues from another place, so that
-    workers that augment do not repeat what they drew before the interruption.
+    generator from which the DataLoader takes its workers' seeds, if it has one of its own. It continues from
+    another place, so that workers that augment do not repeat what they drew before the interruption.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     states = state["rng"]
     on_gpu = device.type != "cpu"
     same_devices = all(("gpu" in rank_state) == on_gpu for rank_state in states)
-    report.say(f"resumed from {state['path'].parent}: epoch {state['epoch']}, step {state['global_step']}")
     if len(states) == world_size and same_devices:
         torch.set_rng_state(states[rank]["cpu"])
         if on_gpu:
@@ -303,14 +314,14 @@ def restore_rng(
         torch.manual_seed(zlib.crc32(f"{state['seed']} {state['global_step']} {rank}".encode()))
         saved_by = f"{len(states)} ranks" if len(states) != world_size else "other devices"
         report.detail(f"random numbers start from a new seed: the snapshot is of {saved_by}")
-    workers.manual_seed(torch.initial_seed() + state["global_step"])
+    if workers is not None:
+        workers.manual_seed(torch.initial_seed() + state["global_step"])
 
 
 def keep_kernels(saved_groups: list[dict[str, Any]], optimizer: Optimizer) -> None:
     """Before `optimizer` loads `saved_groups`: let it compute as it was built to, on this device."""
-    for saved, built in zip(
-        saved_groups, optimizer.param_groups, strict=False
-    ):  # else load_state_dict says so
+    # If the numbers of groups differ, load_state_dict says so.
+    for saved, built in zip(saved_groups, optimizer.param_groups, strict=False):
         for name in ("fused", "foreach"):
             if name in built:
                 saved[name] = built[name]

@@ -83,7 +83,8 @@ class GracefulStop:
         self.stopping, slowest = ballot.tolist()
         # All ranks have the same `slowest`, so the next vote begins in the same step on all of them.
         steps = int(SECONDS_BETWEEN_VOTES * 1e6 / max(1, slowest))
-        self.next_vote = self.step - 1 + max(1, min(STEPS_BETWEEN_VOTES, steps))
+        began = self.step - 1
+        self.next_vote = began + max(1, min(STEPS_BETWEEN_VOTES, steps))
 
     def exit(self, report: Reporter, global_step: int) -> None:
         """End this process with the status that shells give to a signal, when all ranks are here."""

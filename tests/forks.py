@@ -248,7 +248,7 @@ def spawn(fn: Any, args: Any, nprocs: int, join: bool) -> Any:
     """Stands in for mp.spawn: forks, which begin when the last of them is there.
 
     The parent serves the ranks' store, in a thread. A fork made while that thread answers the rank before
-    would inherit the locks that it holds just then, and wait for them for ever.
+    would inherit the locks that it holds just then, and wait for them forever.
     """
     import torch.multiprocessing as mp
 

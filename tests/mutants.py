@@ -342,7 +342,7 @@ class Tests:
                 name for name in self.seconds if Path(name.partition(".py")[0]).name in SHELL[mutant.file]
             }
         seen = {test for line in mutant.lines for test in self.seen.get(f"{mutant.file}\t{line}", ())}
-        if not mutant.scope and (names := names_given(mutant.lines[0])):
+        if not mutant.scope and (names := names_given(" ".join(mutant.lines))):
             word, seen = re.compile("|".join(rf"\b{name}\b" for name in names)), set()
             for line, tests in self.seen.items():
                 file, _, text = line.partition("\t")
@@ -384,12 +384,12 @@ class Tests:
         return (*here, mutant.kind, mutant.was), here, (test,)
 
 
-def names_given(line: str) -> list[str]:
-    """The names that a line of a module imports, or assigns to."""
+def names_given(statement: str) -> list[str]:
+    """The names that a statement of a module, in one line, imports or assigns to."""
+    line, _, _ = statement.partition("  #")
     if match := re.match(r"(?:from \S+ )?import (.+)", line):
-        return [
-            re.split(r" as |\.", name)[-1 if " as " in name else 0].strip() for name in match[1].split(",")
-        ]
+        names = [name.strip() for name in match[1].strip("( ),").split(",")]
+        return [re.split(r" as |\.", name)[-1 if " as " in name else 0].strip() for name in names]
     match = re.match(r"([\w, ]+?)(?:: .*)? \|?= ", line)
     return match[1].split(", ") if match else []
 

@@ -320,7 +320,7 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
     [pytest.param(step, marks=pytest.mark.slow) if step > "01" else step for step in FOLDERS],
 )
 def test_an_error_ends_a_run_with_workers(tmp_path, step):
-    """Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever."""
+    """Python ends its children with SIGTERM, which workers ignore, and would wait for them forever."""
     last = "if self.report.rank == self.report.world_size - 1:"
     raises = "os.write(1, b'raises now'); raise ZeroDivisionError('planted')"
     root = planted(tmp_path / "root", step, after_a_step(f"{last} {raises}"))

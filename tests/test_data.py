@@ -106,7 +106,7 @@ from common import mnist
 mirror, md5 = sys.argv[2], json.loads(sys.argv[3])
 torchvision.datasets.MNIST.mirrors = [mirror]
 torchvision.datasets.MNIST.resources = list(md5.items())
-mnist.FALLBACK = 600
+mnist.FALLBACK_SAMPLES = 600
 
 
 class Lock(mnist.FileLock):
@@ -219,7 +219,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torchvision.datasets
 from common import mnist
 torchvision.datasets.MNIST.mirrors = ["http://127.0.0.1:1/"]  # nobody listens there
-mnist.FALLBACK = 640
+mnist.FALLBACK_SAMPLES = 640
 sys.argv = ["train.py", "--epochs=1", "--data-dir=data", "--snapshot-dir=snapshots"]
 runpy.run_path({str(ROOT / "01_single_gpu" / "train.py")!r}, run_name="__main__")
 """)
@@ -301,7 +301,9 @@ def test_synthetic_sizes():
     changed = mnist.Digits(train.images, train.labels.roll(1), train.name)
     assert changed.checksum() != train.checksum()
     assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1
-    assert mnist.FALLBACK == len(range(8, mnist.FILES["train-labels-idx1-ubyte"]))  # as many as MNIST has
+    assert mnist.FALLBACK_SAMPLES == len(
+        range(8, mnist.FILES["train-labels-idx1-ubyte"])
+    )  # as many as MNIST has
 
 
 def test_workers_stay_for_the_next_epoch():

@@ -526,8 +526,8 @@ DRAWN = [
         "        self.name = name\n        self.register_buffer('drawn', torch.rand(10), persistent=False)\n",
     ),
     (
-        "        return self.net((pixels - MEAN) / STD)",
-        "        return self.net((pixels - MEAN) / STD) + self.drawn",
+        "        return self.net(((pixels - MEAN) / STD).to(dtype))",
+        "        return self.net(((pixels - MEAN) / STD).to(dtype)) + self.drawn",
     ),
 ]
 
@@ -579,16 +579,65 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     layout, checksums = state["layout"], state["checksums"]
     own = ("checksums", "layout", "metadata", "path")
     state = {key: value for key, value in state.items() if key not in own}
-    finished = sharded.finish(tmp_path, layout, checksums, state)
+    finished = sharded.commit(tmp_path, layout, checksums, state)
     print(sharded.read(finished)[0]["checksums"])
     assert sharded.read(finished)[1] == ""
 
 
+def test_what_killed_saves_have_left_is_deleted_before_the_first_save(tmp_path):
+    """Of another step, and so big that with it the disk may be full: a save comes too late."""
+    left = sharded.unfinished(tmp_path / "snapshots", 3)
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    saves = "    def save_snapshot(self):\n"
+    looks = f"        print('left:', Path({str(left)!r}).exists(), flush=True)\n"
+    root = planted(tmp_path / "root", STEP, (saves, saves + looks))
+    run = train(STEP, 2, tmp_path, "--num-samples=24", "--batch-size=12", "--epochs=1", root=root)
+    assert run.out.count("left: False") == 2
+
+
+# A layer that no step uses, one that is used from the third epoch on if `LATE`, and one that is frozen.
+AUX = [
+    (
+        "        self.name = name\n",
+        "        self.name = name\n"
+        "        self.unused = nn.Linear(8, 8)\n"
+        "        self.sometimes = nn.Linear(10, 10)\n"
+        "        self.frozen = nn.Linear(10, 10).requires_grad_(False)\n"
+        "        self.late = False\n",
+    ),
+    (
+        "        return self.net(((pixels - MEAN) / STD).to(dtype))",
+        "        logits = self.frozen(self.net(((pixels - MEAN) / STD).to(dtype)))\n"
+        "        return self.sometimes(logits) if self.late else logits",
+    ),
+]
+LATE = "        self.model.train()\n"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("late", [False, True], ids=["never", "late"])
+def test_a_parameter_without_gradients_does_not_spoil_a_resume(tmp_path, ranks, late):
+    """Nor does one that is frozen, or has its first gradient after the resume."""
+    root = planted(tmp_path / "root", "common/models.py", *AUX, steps=(STEP,))
+    planted(root, STEP, (LATE, f"{LATE}        self.model.late = {late} and self.epoch >= 2\n"))
+    flags = [f"--num-samples={24 * ranks}", "--batch-size=4", "--precision=float64"]
+    whole = train(STEP, ranks, tmp_path / "whole", *flags, "--epochs=4", root=root)
+    for epochs in (2, 3, 4):
+        resumed = train(STEP, ranks, tmp_path / "resumed", *flags, f"--epochs={epochs}", root=root)
+    assert largest_difference(resumed.weights, whole.weights) == 0.0
+    assert resumed.test["loss"] == whole.test["loss"]
+
+
 def test_a_snapshot_that_rank_0_cannot_finish_ends_all_ranks_with_one_line(tmp_path):
     """A folder where `state.pt` should go; the shards themselves can be written."""
-    (sharded.unfinished(tmp_path / "snapshots", 5) / "state.pt").mkdir(parents=True)
+    writes = "    snapshot.write(shards / STATE,"
+    root = planted(
+        tmp_path / "root", "05_fsdp/sharded.py", (writes, f"    (shards / STATE).mkdir()\n{writes}")
+    )
     flags = ["--num-samples=480", "--batch-size=12", "--epochs=3", "--save-every=5", "--use-gpu=0"]
-    status, out, err = finish(start([*command(STEP, 2), *flags, "--snapshot-dir=snapshots"], tmp_path))
+    words = [*command(STEP, 2, root), *flags, "--snapshot-dir=snapshots"]
+    status, out, err = finish(start(words, tmp_path))
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     print(out, lines)
     assert status == 1 and "exitcode  : 2" in err and "RuntimeError" not in err
@@ -728,3 +777,15 @@ def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
     print(f"loss {first:.3f}, then {last:.3f} (0.3 less)")
     assert len(run.losses) == 8 and last < first - 0.3
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32, torch.int64}
+
+
+def test_a_batch_norm_that_is_a_unit_trains_in_bf16(tmp_path):
+    """It is sharded by itself, in float32, and not once more as a unit."""
+    own_layer = (
+        "nn.ReLU(),\n        nn.Flatten()",
+        "nn.BatchNorm2d(32),\n        nn.ReLU(),\n        nn.Flatten()",
+    )
+    root = planted(tmp_path / "root", "common/models.py", own_layer, steps=(STEP,))
+    flags = ["--num-samples=96", "--batch-size=16", "--epochs=1", "--precision=bf16"]
+    run = train(STEP, 2, tmp_path, *flags, root=root)
+    assert "net.5.running_mean" in run.weights and run.losses.isfinite().all()

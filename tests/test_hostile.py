@@ -82,7 +82,7 @@ def save(folder, step):
     rest = {"param_groups": [{"lr": 0.1, "params": [0]}], "epoch": 0, "global_step": step, "samples_seen": 0}
     rest["rng"] = [{"cpu": torch.get_rng_state()}]
     state = {**rest, **snapshot.SnapshotFolder(folder, RUN).identity}
-    return sharded.finish(folder, writer.layout(), writer.checksums, state)
+    return sharded.commit(folder, writer.layout(), writer.checksums, state)
 
 
 @pytest.fixture(scope="module")

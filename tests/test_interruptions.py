@@ -1,9 +1,9 @@
-"""Signals, full disks, ranks that fall silent: what is saved stays, and nobody waits for ever.
+"""Signals, full disks, ranks that fall silent: what is saved stays, and nobody waits forever.
 
 The same at random moments is `make soak`; a short one of it is in here.
 
 Promise: interrupted at random moments, in the middle of a save, by a full disk, by a rank that dies or
-hangs: nothing is lost, nobody waits for ever, [see below](#nothing-lost).
+hangs: nothing is lost, nobody waits forever, [see below](#nothing-lost).
 """
 
 import collections

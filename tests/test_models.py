@@ -182,3 +182,15 @@ def test_compile_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     # What torch calls in the place of a module that is compiled; its docs have no other way to ask.
     assert compiled._compiled_call_impl and not plain._compiled_call_impl
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_pixels_are_normalized_in_float32_at_least(dtype):
+    """FSDP's gathered weights may be bfloat16: only the result is rounded to it."""
+    seen = []
+    net = nn.Linear(28, 10).to(dtype)
+    net.register_forward_pre_hook(lambda module, inputs: seen.append(*inputs))
+    images, _ = synthetic_digits(4, seed=0)
+    Normalized(net, "linear")(images)
+    precise = torch.promote_types(dtype, torch.float32)
+    assert seen[0].equal((((images.unsqueeze(1).to(precise) / 255) - MEAN) / STD).to(dtype))

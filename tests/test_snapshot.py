@@ -38,7 +38,7 @@ def folder_of(path, sharded=False, **changed):
 
 
 def save(path, **state):
-    folder_of(path).save(**state)
+    folder_of(path).save(state)
 
 
 def state(step):
@@ -69,7 +69,7 @@ def save_sharded(folder, step):
         "global_step": step,
         "rng": [],
     }
-    return shards.finish(folder, writer.layout(), writer.checksums, {**rest, **folder_of(folder).identity})
+    return shards.commit(folder, writer.layout(), writer.checksums, {**rest, **folder_of(folder).identity})
 
 
 @pytest.fixture
@@ -561,7 +561,7 @@ def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
     writer = shards.Writer(tmp_path, 10)
     dcp.save(saved, storage_writer=writer, no_dist=True)
     rest = {"param_groups": [], "epoch": 0, "samples_seen": 0, "global_step": 10, "rng": []}
-    shards.finish(tmp_path, writer.layout(), writer.checksums, {**rest, **folder_of(tmp_path).identity})
+    shards.commit(tmp_path, writer.layout(), writer.checksums, {**rest, **folder_of(tmp_path).identity})
     loaded = {"model": {"w": torch.zeros_like(tensor)}, "optimizer": {}}
     with shards.reader(load_newest(tmp_path, sharded=True)) as reader:
         dcp.load(loaded, storage_reader=reader, no_dist=True)
