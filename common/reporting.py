@@ -87,8 +87,8 @@ class Reporter:
 
     def resumed(self, state: dict[str, Any]) -> None:
         """Say from which snapshot this run resumes."""
-        place = f"epoch {state['epoch']}, step {state['global_step']}"
-        self.say(f"resumed from {state['path'].parent}: {place}")
+        position = f"epoch {state['epoch']}, step {state['global_step']}"
+        self.say(f"resumed from {state['path'].parent}: {position}")
 
     def open_files(self, metrics: Path | None) -> None:
         """Open the metrics file, and make the profiler, if they are asked for."""
