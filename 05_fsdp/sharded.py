@@ -311,11 +311,6 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def __enter__(self):
-        if dist.get_rank() == 0:
-            try:
-                snapshot.delete_unfinished(self.snapshots.path)
-            except OSError as error:
-                fail(f"cannot delete {error.filename}: {error.strerror}; {snapshot.REMEDY}")
         self.executor = ThreadPoolExecutor(1)
         return self
 
@@ -323,8 +318,14 @@ class Saver:
         self.executor.shutdown()
 
     def writer(self, global_step):
-        """For `dcp.async_save`: it writes the shards of the snapshot of a step."""
-        return Writer(self.snapshots.path, global_step, self.group)
+        """For `dcp.async_save`: it writes the shards of the snapshot of a step. May `fail`."""
+        folder = self.snapshots.path
+        if dist.get_rank() == 0:
+            try:
+                snapshot.delete_unfinished(folder, but=unfinished(folder, global_step))
+            except OSError as error:
+                fail(f"cannot delete {error.filename}: {error.strerror}; {snapshot.REMEDY}")
+        return Writer(folder, global_step, self.group)
 
     def commit(self, writing, writer, state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""

@@ -133,7 +133,7 @@ def receive_file(path: Path, source: int, group: Any) -> None:
     size = torch.tensor(0)
     dist.broadcast(size, src=source, group=group)
     chunks = receive_chunks(int(size), source, group)
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = snapshot.unfinished(path)
     try:
         with open(temporary, "wb") as file:
             for chunk in chunks:

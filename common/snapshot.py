@@ -50,6 +50,11 @@ def snapshots(folder: Path, sharded: bool = False) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def unfinished(path: Path) -> Path:
+    """Where the snapshot `path` is written, until all of it is on the disk."""
+    return path.parent / f".{path.name}.tmp"
+
+
 class ChecksumFile:
     """A file for `torch.save` that computes the CRC-32 of all that is written to it.
 
@@ -80,7 +85,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
     Tensors go from where they are to the disk: no second copy of the state is made in memory.
     """
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = unfinished(path)
     try:
         with open(temporary, "wb") as file:
             checked = ChecksumFile(file)
@@ -196,7 +201,7 @@ class SnapshotFolder:
         """Write `state`, of tensors, numbers and strings, to a new file; delete old ones. May `fail`."""
         path = path_of(self.path, state["global_step"])
         try:
-            delete_unfinished(self.path)
+            delete_unfinished(self.path, but=unfinished(path))
             write(path, {**state, **self.identity})
             delete_old(self.path)
         except OSError as error:
@@ -268,9 +273,11 @@ def delete_old(folder: Path) -> None:
         path.unlink()
 
 
-def delete_unfinished(folder: Path) -> None:
-    """Delete what killed saves have left, files and folders: it may fill the disk. Raises OSError."""
+def delete_unfinished(folder: Path, but: Path | None = None) -> None:
+    """Delete what killed saves have left, `but` one: it may fill the disk. Raises OSError."""
     for path in folder.glob(".snapshot-*.tmp"):
+        if path == but:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -14,8 +14,10 @@ A mutant is a copy of the repository in which one place is wrong:
     one rank     rank 1 skips a collective; that all skip it is a `statement`
     line         of a shell script: a command is gone
 
-Strings with blanks and f-strings, which are messages, stay, and so do types. No tool that exists would do:
-mutmut and cosmic-ray change functions that a test imports; ours run as `__main__`, in ranks.
+Strings with blanks and f-strings, which are messages, stay, and so do types. What Python does not compile, or
+has a name that nothing defines, as without an import, is no mutant: nobody could overlook it (`make lint`).
+No tool that exists would do: mutmut and cosmic-ray change functions that a test imports; ours run as
+`__main__`, in ranks.
 
 The tests that come to the line (`forks.trace`, measured once) run against the copy, those first that caught
 most in this place, for their time, until one fails or `--limit` seconds of tests are over. A test that could
@@ -110,7 +112,22 @@ def mutants_of(file: str, source: str | None = None) -> list[Mutant]:
             lines = tuple(text.strip() for text in source.splitlines()[line - 1 : last])
             found.append(Mutant(file, *name, counts[name], line, lines, wrong))
             counts[name] += 1
-    return found
+    if not file.endswith(".py"):
+        return found
+    before, *after = undefined_names([source, *(mutant.source for mutant in found)])
+    return [mutant for mutant, count in zip(found, after, strict=True) if count <= before]
+
+
+def undefined_names(sources: list[str]) -> list[int]:
+    """How many names that nothing defines ruff finds in each of these Python sources."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, source in enumerate(sources):
+            Path(folder, f"{number}.py").write_text(source)
+        words = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--exit-zero"]
+        words += ["--select", "F821,F823", "--output-format", "json", folder]
+        findings = json.loads(subprocess.run(words, check=True, capture_output=True).stdout)
+    counts = collections.Counter(int(Path(finding["filename"]).stem) for finding in findings)
+    return [counts[number] for number in range(len(sources))]
 
 
 Edit = tuple[str, str, tuple[int, int, int, int], str]  # scope, kind, place, text

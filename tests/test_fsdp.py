@@ -589,11 +589,11 @@ def test_what_killed_saves_have_left_is_deleted_before_the_first_save(tmp_path):
     left = sharded.unfinished(tmp_path / "snapshots", 3)
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(b"half")
-    saves = "    def save_snapshot(self):\n"
-    looks = f"        print('left:', Path({str(left)!r}).exists(), flush=True)\n"
-    root = planted(tmp_path / "root", STEP, (saves, saves + looks))
+    saves = "        # Copied now,"
+    looks = f"        self.rank or print('left:', Path({str(left)!r}).exists(), flush=True)\n"
+    root = planted(tmp_path / "root", STEP, (saves, looks + saves))
     run = train(STEP, 2, tmp_path, "--num-samples=24", "--batch-size=12", "--epochs=1", root=root)
-    assert run.out.count("left: False") == 2
+    assert "left: False" in run.out
 
 
 # A layer that no step uses, one that is used from the third epoch on if `LATE`, and one that is frozen.

@@ -21,6 +21,7 @@ import os
 
 @record
 def f(x: int = 1):
+    os.nice(0)
     with a(), b() as c:
         dist.barrier()
     if x and x + 1 > 2:
@@ -29,6 +30,12 @@ def f(x: int = 1):
           late=True)
     return x
 '''
+
+
+def test_what_no_linter_lets_through_is_no_mutant():
+    """An import, or a variable, that is gone and used; one that is not used is a mutant."""
+    source = "import os\nimport sys\n\n\ndef f():\n    x = os.nice(1)\n    y = 2\n    return x\n"
+    assert kinds(source)["statement"] == ["import sys", "y = 2", "return x"]
 
 
 def kinds(source):
@@ -43,8 +50,8 @@ def kinds(source):
 def test_each_kind_of_place_is_found():
     assert kinds(SOURCE) == {
         "statement": [
-            "import os",
             "@record",
+            "os.nice(0)",
             "with a(), b() as c:",
             "a()",
             "dist.barrier()",
@@ -56,7 +63,7 @@ def test_each_kind_of_place_is_found():
         "condition": ["x", "x + 1 > 2"],
         "plus one": ["x + 1"],
         "keyword": ['mode="w"', "late=True"],
-        "constant": ["1", "1", "2", '"w"', "True"],
+        "constant": ["1", "0", "1", "2", '"w"', "True"],
     }
 
 

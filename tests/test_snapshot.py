@@ -460,10 +460,19 @@ def test_the_room_on_a_disk_that_is_gone_is_not_told(tmp_path):
     assert shards.free_on(tmp_path / "gone") == ""
 
 
-def test_what_a_killed_write_left_is_swept_up(folder):
+def test_what_a_killed_write_left_is_deleted_before_the_next(folder, monkeypatch):
+    """It may fill the disk."""
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
     (folder / "deep").mkdir()
+    write, there = snapshot.write, []
+
+    def looks(path, content):
+        there.append((folder / ".snapshot-00000035.pt.tmp").exists())
+        write(path, content)
+
+    monkeypatch.setattr(snapshot, "write", looks)
     save(folder, **state(40))
+    assert there == [False]
     assert {path.name for path in folder.iterdir()} == {
         "deep",
         *(f"snapshot-000000{n}.pt" for n in (20, 30, 40)),
