@@ -78,7 +78,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
-        self.samples_seen = 0  # in this epoch, by all ranks
+        self.samples_seen = 0  # in this epoch
         self.global_step = 0
 
     def train(self):
@@ -178,14 +178,13 @@ class Trainer:
 
     def save_snapshot(self):
         self.share_buffers()
-        rng = rng_states(self.device)  # of all ranks
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": rng,
+            "rng": rng_states(self.device),
         }
         with keep_alive():  # a save may take longer than a collective may
             if self.rank == 0:  # all ranks have the same weights

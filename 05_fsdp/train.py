@@ -120,7 +120,7 @@ class Trainer:
         self.memory = MemoryReport(model, optimizer, device, report)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
-        self.samples_seen = 0  # in this epoch, by all ranks
+        self.samples_seen = 0  # in this epoch
         self.global_step = 0
 
     def train(self, state):
@@ -234,14 +234,13 @@ class Trainer:
             return  # it was saved when the run was stopped after an epoch's last step
         self.saver.wait()  # for the previous snapshot
         self.share_buffers()
-        rng = rng_states(self.device)  # of all ranks
         model, optimizer = get_state_dict(self.model, self.optimizer)  # this rank's shards
         state = {
             "param_groups": self.optimizer.state_dict()["param_groups"],
             "epoch": self.epoch,
             "samples_seen": self.samples_seen,
             "global_step": self.global_step,
-            "rng": rng,
+            "rng": rng_states(self.device),
         }
         writer = self.saver.writer(self.global_step)
         # Copied now, and written by each rank while training continues.
