@@ -124,7 +124,7 @@ class Trainer:
         # The ranks' gradients are averaged. Each rank divides by the mean number of targets, not by
         # its own: then the average is the gradient of the mean loss over all ranks' targets.
         count = self.count_targets(batch)
-        num_targets = torch.tensor(count, dtype=torch.float64, device=self.device)
+        num_targets = torch.full((), count, dtype=torch.float64, device=self.device)
         dist.all_reduce(num_targets)
         targets_per_rank = num_targets.clamp(min=1) / self.world_size
         batch = to_device(batch, self.device)

@@ -46,8 +46,8 @@ SAVES = [
         "                self.saver.wait()\n",
     ),
     (
-        "    state = snapshots.load_newest()\n",
-        "    with counted('checks'):\n        state = snapshots.load_newest()\n",
+        "    state = snapshots.load_newest()  #",
+        "    with counted('checks'):\n        state = snapshots.load_newest()  #",
     ),
     (
         "        with sharded.reader(state) as reader:\n",

@@ -427,8 +427,8 @@ def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
 
 def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     fails = (
-        "                    path = finish(folder, ",
-        "                    raise OSError(28, 'planted')\n                    path = finish(folder, ",
+        "                    path = commit(folder, ",
+        "                    raise OSError(28, 'planted')\n                    path = commit(folder, ",
     )
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", fails)
     planted(root, STEP, after_a_step("self.global_step == 2 and os.kill(os.getpid(), signal.SIGTERM)"))
@@ -445,7 +445,7 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
     """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
-    finishes = "                    path = finish(folder, "
+    finishes = "                    path = commit(folder, "
     fails = f"                    if state['global_step'] == 2:\n                        raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--save-every=2", "--use-gpu=0"]

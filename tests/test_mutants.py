@@ -18,6 +18,7 @@ QUICK = "shellcheck|bash_3_2|help_names|bad_input|prints|elastic_commands|withou
 SOURCE = '''
 """A docstring is no statement, and a message no constant: "a b"."""
 import os
+import torch.distributed as dist
 
 @record
 def f(x: int = 1):

@@ -95,7 +95,7 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
     if bug:
         planted(root, step, ("dist.broadcast(buffer, src=0)", "pass"))
-    flags = ["--num-samples=64", "--epochs=1", "--batch-size=16", "--precision=float64"]
+    flags = ["--num-samples=64", "--epochs=4", "--batch-size=8", "--lr=0.01", "--precision=float64"]
     run = train(step, 2, tmp_path / "run", *flags, root=root)
     model = load(root / "common" / "models.py").build_model("cnn", "float64")
     path = snapshots(run.snapshot_dir, step == SHARDED)[0]
@@ -108,7 +108,7 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     with torch.no_grad():
         loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
     difference = abs(loss - run.test["loss"])
-    print(f"test loss of the run {run.test['loss']:.6f}, of what it saved {loss:.6f}, with the bug: {bug}")
+    print(f"test loss of the run {run.test['loss']}, of what it saved {loss}, with the bug: {bug}")
     assert (difference > 1e-6) if bug else (difference < 1e-10)
 
 

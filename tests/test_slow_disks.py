@@ -32,7 +32,7 @@ def test_a_save_longer_than_the_timeout_ends_no_run(tmp_path, step, ranks):
 
 SLOW = {  # lines of sharded.py, and the rank that is slow there
     "            written = super().write_data(": 1,
-    "                    path = finish(folder, ": 0,
+    "                    path = commit(folder, ": 0,
     "        state, problem = read_state(": 2,
     "            return super().read_data(": 1,
 }
