@@ -3,6 +3,7 @@
 Promise: a dataset of one's own works in place of `load_mnist` with no other change.
 """
 
+import inspect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +77,8 @@ def test_nodes_compare_what_there_is_to_compare():
     assert fingerprint(Plain(digits)) == "Plain-12 of 12 samples"
 
 
-OWN_DATA = """
-class Plain(torch.utils.data.Dataset):
-    def __init__(self, digits):
-        self.digits = digits
-
-    def __len__(self):
-        return len(self.digits)
-
-    def __getitem__(self, index):
-        images, labels = self.digits[index]
-        return SAMPLE
-
+# An edit of a train.py: its digits, one sample at a time.
+OWN_DATA = f"""{inspect.getsource(Plain).replace("(Dataset)", "(torch.utils.data.Dataset)")}
 
 def load_mnist(data_dir, num_samples, load=load_mnist):
     return [Plain(digits) for digits in load(data_dir, num_samples)]
@@ -95,9 +86,9 @@ def load_mnist(data_dir, num_samples, load=load_mnist):
 
 class Trainer:
 """
-TUPLES = ("class Trainer:\n", OWN_DATA.replace("SAMPLE", "images, labels.item()").lstrip())
+TUPLES = ("class Trainer:\n", OWN_DATA)
 DICTIONARIES = [
-    ("class Trainer:\n", OWN_DATA.replace("SAMPLE", '{"pixels": images, "digit": labels}').lstrip()),
+    (TUPLES[0], OWN_DATA.replace("images, labels.item()", '{"pixels": images, "digit": labels}')),
     ("        _, labels = batch\n", '        labels = batch["digit"]\n'),
 ]
 
