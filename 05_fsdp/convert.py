@@ -57,7 +57,7 @@ def gather(state):
         else:
             name, _, slot = name.rpartition(".")
             slots[numbers[name]][slot] = tensor
-    only_sharded = ("checksum", "checksums", "layout", "metadata", "param_groups", "path", "writer")
+    only_sharded = ("checksum", "checksums", "param_groups", "path", "writer")
     plain = {key: value for key, value in state.items() if key not in only_sharded}
     plain["model"] = weights
     plain["optimizer"] = {"state": slots, "param_groups": state["param_groups"]}

@@ -445,7 +445,7 @@ def test_step_04_sends_a_snapshot_only_to_those_that_lack_it(once, tmp_path):
 # --- Speed and precision
 
 TRAINS = [(step, "--precision=bf16") for step in ("01", "03", "04")]
-TRAINS += [(step, "--compile") for step in ("01", "02", "04")]
+TRAINS += [(step, "--compile") for step in ("01", "02", "03", "04")]
 # FSDP's hooks cut what is compiled at each unit: of the cnn, whose units are single layers, nothing is left.
 TRAINS += [(SHARDED, "--compile --model=vit --vit-depth=1 --lr=0.003 --epochs=3")]
 FASTER = ("--compile", "--precision=bf16")

@@ -576,12 +576,29 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     shutil.copytree(path, unfinished)
     (unfinished / "state.pt").write_bytes(b"old")
     (unfinished / ".state.pt.tmp").write_bytes(b"half")
+    (unfinished / "__7_0.distcp").write_bytes(b"of a run with more ranks")
     layout, checksums = state["layout"], state["checksums"]
     own = ("checksums", "layout", "metadata", "path")
     state = {key: value for key, value in state.items() if key not in own}
     finished = sharded.commit(tmp_path, layout, checksums, state)
     print(sharded.read(finished)[0]["checksums"])
     assert sharded.read(finished)[1] == ""
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(uninterrupted, tmp_path):
+    path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
+    state, _ = sharded.read(path)
+    shutil.copytree(path, sharded.unfinished(tmp_path, state["global_step"]))
+    shutil.copytree(path, tmp_path / path.name)
+    (tmp_path / path.name / "state.pt").write_bytes(b"damaged")
+    layout, checksums = state["layout"], state["checksums"]
+    own = ("checksums", "layout", "metadata", "path")
+    finished = sharded.commit(
+        tmp_path, layout, checksums, {key: value for key, value in state.items() if key not in own}
+    )
+    assert sharded.read(finished)[1] == ""
+    sharded.delete_old(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [finished.name]
 
 
 def test_what_killed_saves_have_left_is_deleted_before_the_first_save(tmp_path):
@@ -715,6 +732,8 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
             if not names:  # of an optimizer that was built from model.parameters()
                 del group["param_names"]
         snapshot.write(folder / name / "state.pt", {**state, "checksum": None})
+    state, _ = snapshot.read(shutil.copytree(path, folder / "snapshot-00000052") / "state.pt")
+    snapshot.write(folder / "snapshot-00000052" / "state.pt", {**state, "format": 99, "checksum": None})
     for given, said in {
         folder: f"{folder} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…",
         folder / "snapshot-00000077": "is no snapshot: give",
@@ -722,6 +741,8 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
         folder
         / "snapshot-00000050": "snapshot-00000050 cannot be converted: ValueError: its optimizer has no",
         folder / "snapshot-00000051": "snapshot-00000051 cannot be converted: KeyError: 'net.",
+        folder
+        / "snapshot-00000052": f"snapshot-00000052 has format 99, and this code has {snapshot.FORMAT} (",
         path: f"{path}.pt is there already: delete it first",
     }.items():
         status, out, err = convert(given, tmp_path)

@@ -69,6 +69,7 @@ def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step
         assert f"[rank {rank}] local rank {rank}, world size {ranks}, device cpu" in out
         assert f"[rank {rank}] epoch 1: {batches} steps" in out
         assert f"[rank {rank}] step {batches}: {batches} steps in " in out
+    assert "[rank 0] saved checkpoints/" in out
     assert "[rank" not in proof(step, ranks).out
 
 

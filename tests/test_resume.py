@@ -134,9 +134,12 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
 
 
-def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path):
-    interrupted(whole, tmp_path, "01")
-    run = train("01", 1, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH}", "--lr=0.5")
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path, step):
+    ranks = ranks_of(step)
+    interrupted(whole, tmp_path, step)
+    run = train(step, ranks, tmp_path, *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}", "--lr=0.5")
     assert [group["lr"] for group in run.state["optimizer"]["param_groups"]] == [0.5]
 
 
