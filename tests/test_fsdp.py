@@ -581,7 +581,6 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     own = ("checksums", "layout", "metadata", "path")
     state = {key: value for key, value in state.items() if key not in own}
     finished = sharded.commit(tmp_path, layout, checksums, state)
-    print(sharded.read(finished)[0]["checksums"])
     assert sharded.read(finished)[1] == ""
 
 
