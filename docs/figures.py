@@ -135,7 +135,8 @@ FIGURES: list[Figures] = [
     ("docs/prediction.md", "Step 05 at batch 512 is {} % too low.", worst_prediction),
     (
         "README.md",
-        "of {} such places, {} have been tried since they last changed, and the tests notice {} of those.",
+        "of {} such places, {} have been tried or excused since they last changed, "
+        "and the tests notice {} of those.",
         mutants,
     ),
     ("README.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),

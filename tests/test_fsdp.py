@@ -568,6 +568,13 @@ def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_
     assert err.endswith(f"using {before} instead\n")
 
 
+def commit_again(folder, state):
+    """Make a snapshot of the shards in `folder`'s unfinished one, with `state` as sharded.read gives it."""
+    own = ("checksums", "layout", "metadata", "path")
+    rest = {key: value for key, value in state.items() if key not in own}
+    return sharded.commit(folder, state["layout"], state["checksums"], rest)
+
+
 def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_path):
     """Killed in or after `state.pt`, before the folder has its name: the same step comes again."""
     path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
@@ -577,10 +584,7 @@ def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_pa
     (unfinished / "state.pt").write_bytes(b"old")
     (unfinished / ".state.pt.tmp").write_bytes(b"half")
     (unfinished / "__7_0.distcp").write_bytes(b"of a run with more ranks")
-    layout, checksums = state["layout"], state["checksums"]
-    own = ("checksums", "layout", "metadata", "path")
-    state = {key: value for key, value in state.items() if key not in own}
-    finished = sharded.commit(tmp_path, layout, checksums, state)
+    finished = commit_again(tmp_path, state)
     assert sharded.read(finished)[1] == ""
 
 
@@ -590,11 +594,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(uninterrupted, tmp_path):
     shutil.copytree(path, sharded.unfinished(tmp_path, state["global_step"]))
     shutil.copytree(path, tmp_path / path.name)
     (tmp_path / path.name / "state.pt").write_bytes(b"damaged")
-    layout, checksums = state["layout"], state["checksums"]
-    own = ("checksums", "layout", "metadata", "path")
-    finished = sharded.commit(
-        tmp_path, layout, checksums, {key: value for key, value in state.items() if key not in own}
-    )
+    finished = commit_again(tmp_path, state)
     assert sharded.read(finished)[1] == ""
     sharded.delete_old(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [finished.name]
