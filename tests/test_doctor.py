@@ -1,4 +1,4 @@
-"""The doctor: each check turns red when its thing is wrong, and the command that it prints mends it.
+"""The doctor: each check turns red when its thing is wrong, and the command that it prints fixes it.
 
 And what `--prepare` collects is enough, in a network that leads nowhere, for a green doctor and an exercise.
 """
@@ -73,7 +73,7 @@ def test_a_machine_that_can_run_the_tests_is_ready(tmp_path, digits):
     assert status == 0
     assert list(found) == list(doctor.checks(digits))
     assert all(each["status"] != "red" and each["found"] for each in found.values())
-    assert all(bool(each["mend"]) == (each["status"] == "yellow") for each in found.values())
+    assert all(bool(each["fix"]) == (each["status"] == "yellow") for each in found.values())
     assert "two have added up over gloo" in found["ranks"]["found"]
 
 
@@ -86,7 +86,7 @@ def test_it_says_the_same_in_lines(digits):
     assert re.fullmatch(
         r"green   python         Python 3\.\d+\.\S+ \(the scripts have been tried with [\d., and]+\)\n"
         rf"green   mnist          in {digits}\n"
-        r"(green   open-files     .*\n|yellow  open-files     .*\n        mend it with:  ulimit .*\n)"
+        r"(green   open-files     .*\n|yellow  open-files     .*\n        fix it with:  ulimit .*\n)"
         r"\n[23] green, [01] yellow, 0 red\. This machine is ready\.\n",
         out,
     )
@@ -97,15 +97,15 @@ def test_it_says_the_same_in_lines(digits):
 
 @dataclass
 class Red:
-    """Something that is wrong: how to make it so, which check notices, what it says, and what mends it."""
+    """Something that is wrong: how to make it so, which check notices, what it says, and what fixes it."""
 
     check: str
     says: str
-    mend: str  # a regular expression for the whole command
+    fix: str  # a regular expression for the whole command
     setup: str = ""  # lines of bash, in a folder of the test's own
     files: dict[str, str] = field(default_factory=dict)  # which Python finds before what is installed
     namespaces: str = ""  # for what only root can break
-    mends: bool = True  # the command is tried
+    fixes: bool = True  # the command is tried
     fork: bool = False  # for what is only a variable, and needs torch
     colour: str = "red"
 
@@ -120,7 +120,7 @@ DISTRIBUTED = (
     "is_available = lambda: True\nis_gloo_available = lambda: False\nis_nccl_available = lambda: True\n"
 )
 INSTALL = r"\S+ -m pip install -r \S+/requirements\.txt"
-ANEW = r"\S+ -m pip install --upgrade --force-reinstall torch torchvision"
+REINSTALL = r"\S+ -m pip install --upgrade --force-reinstall torch torchvision"
 NOTHING_LISTENS = """
 class MNIST:
     mirrors = ["http://127.0.0.1:1/", "http://127.0.0.1:1/other/"]
@@ -136,6 +136,17 @@ ip link set lo up
 hostname nobody-knows-me
 echo 'hosts: files' >nsswitch.conf
 mount --bind nsswitch.conf /etc/nsswitch.conf
+"""
+ELSEWHERE = f"""
+{NOBODY}
+ip link add nowhere type veth peer name wall
+ip address add 10.1.1.1/24 dev nowhere
+ip link set nowhere up
+ip link set wall up
+ip route add default via 10.1.1.2
+echo '127.0.0.1 localhost' >hosts
+echo '10.9.9.9 nobody-knows-me' >>hosts
+mount --bind hosts /etc/hosts
 """
 SILENT = """
 unset RES_OPTIONS  # which the tests shorten
@@ -179,36 +190,36 @@ REDS = {
         r"Python 3\.\S+, and the scripts need 3\.11 or newer",
         r"(python3\.\d+ -m venv --clear \S+/\.venv|.*(apt-get|brew) install python\S+.*)",
         files={"sitecustomize.py": "import sys\nsys.version_info = (3, 10, 13, 'final', 0)\n"},
-        mends=False,
+        fixes=False,
     ),
     "an old torch": Red(
         "torch",
         r"torch 2\.3\.0, and the scripts need 2\.11",
-        ANEW,
+        REINSTALL,
         files={"torch/__init__.py": "__version__ = '2.3.0'\n"},
-        mends=False,
+        fixes=False,
     ),
     "a torch that ends Python": Red(
         "torch",
         r"'import torch' ended with status -11: .*",
         INSTALL,
         files={"torch/__init__.py": "import os\nos.kill(os.getpid(), 11)\n"},
-        mends=False,
+        fixes=False,
     ),
     "a torchvision for another torch": Red(
         "torchvision",
         r"RuntimeError: operator torchvision::nms does not exist",
-        ANEW,
+        REINSTALL,
         files={
             "torch/__init__.py": VERSION,
             "torchvision/__init__.py": "raise RuntimeError('operator torchvision::nms does not exist')\n",
         },
-        mends=False,
+        fixes=False,
     ),
     "a torchvision that wants another torch": Red(
         "torchvision",
         r"torchvision 0\.28\.0 wants torch == 2\.13\.0, and this is 2\.14\.1",
-        ANEW,
+        REINSTALL,
         files={
             "torch/__init__.py": f"{VERSION}zeros = lambda *_: None\n",
             "torchvision/__init__.py": "__version__ = '0.28.0'\n",
@@ -216,7 +227,7 @@ REDS = {
             "torchvision-0.28.0.dist-info/METADATA": "Name: torchvision\nVersion: 0.28.0\n"
             "Requires-Dist: numpy\nRequires-Dist: torch (==2.13.0)\n",
         },
-        mends=False,
+        fixes=False,
     ),
     "a card that torch cannot use": Red(
         "gpus",
@@ -231,9 +242,9 @@ REDS = {
     "no gloo": Red(
         "backends",
         r"torch comes without gloo \(it has: nccl\)",
-        ANEW,
+        REINSTALL,
         files={"torch/__init__.py": VERSION, "torch/distributed.py": DISTRIBUTED},
-        mends=False,
+        fixes=False,
     ),
     "too many threads": Red(
         "threads",
@@ -255,10 +266,44 @@ REDS = {
     ),
     "a name that leads nowhere": Red(
         "host-name",
-        r"'nobody-knows-me' leads nowhere \(.*\)",
-        r"export GLOO_SOCKET_IFNAME=lo",
+        r"'nobody-knows-me' leads nowhere \(.*\), and torchrun's ranks meet there",
+        r"export PET_LOCAL_ADDR=127\.0\.0\.1",
         setup=NOBODY,
         namespaces="--net --uts --mount",
+    ),
+    "a name that leads nowhere, and gloo that does not ask": Red(
+        "host-name",
+        r"'nobody-knows-me' leads nowhere \(.*\), and torchrun's ranks meet there",
+        r"export PET_LOCAL_ADDR=127\.0\.0\.1",
+        setup=f"{NOBODY}\nexport GLOO_SOCKET_IFNAME=lo",
+        namespaces="--net --uts --mount",
+    ),
+    "a name that leads to another machine": Red(
+        "host-name",
+        r"'nobody-knows-me' leads to another machine \(10\.9\.9\.9\), and torchrun's ranks meet there",
+        r"export PET_LOCAL_ADDR=127\.0\.0\.1",
+        setup=ELSEWHERE,
+        namespaces="--net --uts --mount",
+    ),
+    "a name, and ranks that do not meet elsewhere either": Red(
+        "host-name",
+        r"'nobody-knows-me' leads nowhere \(.*\); with PET_LOCAL_ADDR=127\.0\.0\.1, too, .* status 1",
+        r"echo '127\.0\.0\.1 nobody-knows-me' \| tee -a /etc/hosts",
+        setup=f"{NOBODY}\necho '127.0.0.1 localhost' >hosts; mount --bind hosts /etc/hosts",
+        files={"torch/__init__.py": VERSION, "torch/distributed/run.py": "raise SystemExit(1)\n"},
+        namespaces="--net --uts --mount",
+    ),
+    "an address of another machine": Red(
+        "host-name",
+        r"PET_LOCAL_ADDR: '10\.9\.9\.9' leads to another machine \(10\.9\.9\.9\)",
+        r"unset PET_LOCAL_ADDR",
+        setup="export PET_LOCAL_ADDR=10.9.9.9",
+    ),
+    "variables of another launcher": Red(
+        "variables",
+        r"torchrun takes PET_NNODES=2 for one of its flags, in every command",
+        r"unset PET_NNODES PET_NPROC_PER_NODE",
+        setup="export PET_NNODES=2 PET_NPROC_PER_NODE=8",
     ),
     "localhost leads nowhere": Red(
         "host-name",
@@ -288,7 +333,7 @@ REDS = {
         r"iptables -I INPUT -i lo -j ACCEPT",
         setup="ip link set lo up; tc qdisc add dev lo root pfifo limit 0",  # a queue with no place in it
         namespaces="--net",
-        mends=False,
+        fixes=False,
     ),
     "every port taken": Red(
         "port",
@@ -320,14 +365,14 @@ REDS = {
             "torchvision/__init__.py": "__version__ = '0.29.1'\n",
             "torchvision/datasets.py": NOTHING_LISTENS,
         },
-        mends=False,
+        fixes=False,
     ),
     "a damaged MNIST": Red(
         "mnist",
         r"data/MNIST/raw/train-images-idx3-ubyte is damaged: 1 bytes of 47,040,016",
         r"rm( data/MNIST/raw/(train|t10k)-(images-idx3|labels-idx1)-ubyte){3}",
         setup=DAMAGED,
-        mends=False,  # see test_what_is_damaged_is_deleted
+        fixes=False,  # see test_what_is_damaged_is_deleted
     ),
     "a full disk": Red(
         "disk",
@@ -335,7 +380,7 @@ REDS = {
         r"\S+ -m pip cache purge",
         setup=SMALL_DISK.format(doctor=DOCTOR),
         namespaces="--mount",
-        mends=False,
+        fixes=False,
     ),
     "a disk that is only for reading": Red(
         "disk",
@@ -343,7 +388,7 @@ REDS = {
         r"chmod u\+w \S+/small",
         setup=f"{SMALL_DISK.format(doctor=DOCTOR)}\nmount -o remount,ro small",
         namespaces="--mount",
-        mends=False,
+        fixes=False,
     ),
     "little shared memory": Red(
         "shared-memory",
@@ -369,7 +414,7 @@ def param(name: str):
 
 
 @pytest.mark.parametrize("name", [param(name) for name in REDS])
-def test_what_is_wrong_is_red_and_the_command_mends_it(tmp_path, name):
+def test_what_is_wrong_is_red_and_the_command_fixes_it(tmp_path, name):
     case = REDS[name]
     for path, content in case.files.items():
         (tmp_path / "found" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -378,18 +423,18 @@ def test_what_is_wrong_is_red_and_the_command_mends_it(tmp_path, name):
     (tmp_path / "after").mkdir()
     ask = f"$doctor --json --only {case.check} || exit $?"
 
-    def look(folder: str, mend: str) -> dict:
+    def look(folder: str, fix: str) -> dict:
         shutil.copytree(tmp_path / "found", tmp_path / folder / "found") if case.files else None
-        script = f"{case.setup}\n{mend}\n{ask}"
+        script = f"{case.setup}\n{fix}\n{ask}"
         extra = {"PYTHONPATH": str(tmp_path / folder / "found")} if case.files else {}
         return heard(shell(script, tmp_path / folder, case.namespaces, case.fork, **extra))[1][case.check]
 
     found = look("before", "")
     assert found["status"] == case.colour
     assert re.fullmatch(case.says, found["found"])
-    assert re.fullmatch(case.mend, found["mend"])
-    if case.mends:
-        assert look("after", f"{found['mend']} >mended")["status"] not in ("red", case.colour)
+    assert re.fullmatch(case.fix, found["fix"])
+    if case.fixes:
+        assert look("after", f"{found['fix']} >fixed")["status"] not in ("red", case.colour)
 
 
 def test_every_check_has_been_seen_red():
@@ -403,7 +448,7 @@ def test_a_red_line_stands_above_its_command(tmp_path):
     assert (status, err) == (1, "")
     assert out == (
         "red     open-files     only 64 may be open at once: too few\n"
-        "        mend it with:  ulimit -n 1024\n"
+        "        fix it with:  ulimit -n 1024\n"
         "\n0 green, 0 yellow, 1 red. This machine is not ready.\n"
     )
 
@@ -413,17 +458,17 @@ def test_without_torch_the_doctor_says_so(tmp_path, digits, with_uv):
     """In an environment with nothing in it, not even pip: uv makes such ones."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
     python, requirements = f"{tmp_path}/.venv/bin/python", f"-r {ROOT}/requirements.txt"
-    mend = f"{python} -m ensurepip && {python} -m pip install {requirements}"
+    fix = f"{python} -m ensurepip && {python} -m pip install {requirements}"
     path = os.environ["PATH"]
     if with_uv:
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "uv").symlink_to("/bin/true")
         path = f"{tmp_path / 'bin'}:{path}"
-        mend = f"uv pip install --python {python} {requirements}"
+        fix = f"uv pip install --python {python} {requirements}"
     ask = f"PYTHONPATH= PATH={path} exec .venv/bin/python {DOCTOR} --json --data-dir {digits}"
     status, found = heard(shell(ask, tmp_path))
     assert status == 1
-    of_torch = {name: each for name, each in found.items() if each["mend"] == mend}
+    of_torch = {name: each for name, each in found.items() if each["fix"] == fix}
     assert list(of_torch) == ["torch", "torchvision", "backends", "ranks"]
     assert of_torch["torch"]["found"] == "ModuleNotFoundError: No module named 'torch'"
     assert all(each["status"] == "red" for each in of_torch.values())
@@ -448,28 +493,28 @@ def test_outside_of_an_environment_one_is_made_or_entered(tmp_path, monkeypatch)
 
 
 def test_ranks_that_do_not_end_are_ended():
-    well, found, mend = doctor.ranks(seconds=0.05)
+    well, found, fix = doctor.ranks(seconds=0.05)
     assert (well, found) == (False, "rank 0 failed to import torch: no end within 0.05 s")
-    assert "--force-reinstall torch torchvision" in mend
+    assert "--force-reinstall torch torchvision" in fix
 
 
 def test_folders_that_are_not_there(tmp_path):
     gone = tmp_path / "gone"
     assert doctor.disk(gone) == (False, f"{gone} is not there", f"mkdir -p {gone}")
     if LINUX:
-        well, found, mend = doctor.shared_memory(gone)
+        well, found, fix = doctor.shared_memory(gone)
         assert (well, found) == (False, f"{gone} is not there")
-        assert mend.endswith(f"mount --mkdir -t tmpfs tmpfs {gone}")
+        assert fix.endswith(f"mount --mkdir -t tmpfs tmpfs {gone}")
 
 
 def test_what_is_damaged_is_deleted(digits, monkeypatch):
     """By the command; the files that are whole stay."""
     raw = digits / "MNIST" / "raw"
     (raw / "t10k-labels-idx1-ubyte").write_bytes(b"short")
-    well, found, mend = doctor.mnist(digits)
-    print(found, mend)
+    well, found, fix = doctor.mnist(digits)
+    print(found, fix)
     assert well is False
-    subprocess.run(["bash", "-c", mend], check=True)
+    subprocess.run(["bash", "-c", fix], check=True)
     assert doctor.damage(raw) == {"t10k-labels-idx1-ubyte": "is not there"}
     monkeypatch.setattr(doctor, "facts", dict)
     assert doctor.mnist(digits)[1].startswith(f"not in {digits}, and no mirror answers (")
@@ -479,10 +524,11 @@ def test_a_container_has_fewer_cores_than_the_machine(monkeypatch):
     """Seen here by its quota: half of the machine's cores, and a half."""
     monkeypatch.setattr(Path, "read_text", lambda self: "150000 100000")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(64)}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert doctor.cores() == 2
-    said = "32 for each rank (the scripts' own choice), cores: 2: they would take turns"
+    assert doctor.threads()[:2] == (True, "1 for each rank (the scripts' own choice), cores: 2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "32")
+    said = "32 for each rank (OMP_NUM_THREADS), cores: 2: they would take turns"
     assert doctor.threads() == (False, said, "export OMP_NUM_THREADS=1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert doctor.threads()[0] is None
@@ -495,8 +541,8 @@ def test_yellow_is_what_matters_sometimes(monkeypatch):
     monkeypatch.setattr(doctor, "nvidia_cards", lambda: ["GPU 0: Pretended"])
     monkeypatch.setattr(doctor, "facts", lambda: {"torch": "2.14.1+cpu", "cuda": None, "gpus": []})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    well, found, mend = doctor.gpus()
-    assert (well, found) == (None, "GPU 0: Pretended, but this torch is for CPUs only") and mend
+    well, found, fix = doctor.gpus()
+    assert (well, found) == (None, "GPU 0: Pretended, but this torch is for CPUs only") and fix
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert doctor.gpus()[::2] == (None, "unset CUDA_VISIBLE_DEVICES")
 

@@ -1,7 +1,7 @@
-"""Is this machine ready for the workshop? What is not ready has the command that mends it.
+"""Is this machine ready for the workshop? What is not ready has the command that fixes it.
 
     python workshop/doctor.py                         one line a check: green, yellow or red
-    python workshop/doctor.py --only host-name        the same check again, after mending
+    python workshop/doctor.py --only host-name        the same check again, after fixing
     python workshop/doctor.py --json                  everything as one JSON object
     python workshop/doctor.py --prepare DIR           for a room without a network: collect what it needs
     python DIR/bundle/doctor.py --install-from DIR    set a laptop up from a copy of that folder
@@ -68,23 +68,23 @@ def stop(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
-# --- What a check returns: whether it is well, what was found, and the command that mends it
+# --- What a check returns: whether it is well, what was found, and the command that fixes it
 
 
 def green(found: str) -> Finding:
     return True, found, ""
 
 
-def yellow(found: str, mend: str) -> Finding:
+def yellow(found: str, fix: str) -> Finding:
     """For what matters only sometimes."""
-    return None, found, mend
+    return None, found, fix
 
 
-def red(found: str, mend: str) -> Finding:
-    return False, found, mend
+def red(found: str, fix: str) -> Finding:
+    return False, found, fix
 
 
-# --- Commands that mend
+# --- Commands that fix
 
 
 def as_root(command: str) -> str:
@@ -122,12 +122,12 @@ def install_all() -> str:
     return install_command("-r", str(ROOT / "requirements.txt"))
 
 
-def install_anew() -> str:
+def reinstall() -> str:
     """Both in one command, or pip takes two that do not fit each other."""
     return install_command("--upgrade", "--force-reinstall", "torch", "torchvision")
 
 
-def mend_loopback(error: OSError) -> str:
+def fix_loopback(error: OSError) -> str:
     """What lets a machine talk to itself again."""
     if LINUX and error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH):
         return as_root("ip link set lo up")
@@ -138,11 +138,6 @@ def mend_loopback(error: OSError) -> str:
         return as_root(quoted("/usr/libexec/ApplicationFirewall/socketfilterfw", "--add", sys.executable))
     rule = "netsh advfirewall firewall add rule name=workshop dir=in action=allow"
     return f'{rule} program="{sys.executable}"'
-
-
-def choose_loopback() -> str:
-    """What keeps gloo on this machine, without a look at the network or at names."""
-    return f"export GLOO_SOCKET_IFNAME={LOOPBACK}"
 
 
 # --- What a child process finds out, so that nothing it does can end the doctor
@@ -245,12 +240,12 @@ def python() -> Finding:
     newer = next((name for name in names if shutil.which(name)), None)
     install = {"darwin": f"brew install python@{oldest}", "win32": f"winget install Python.Python.{oldest}"}
     linux = as_root(f"apt-get install python{oldest} python{oldest}-venv")
-    mend = install.get(sys.platform, linux)
+    fix = install.get(sys.platform, linux)
     if sys.prefix == sys.base_prefix and python_of(ROOT).exists():
-        mend = f"source {quoted(python_of(ROOT).parent / 'activate')}"
+        fix = f"source {quoted(python_of(ROOT).parent / 'activate')}"
     elif newer:
-        mend = quoted(newer, "-m", "venv", "--clear", ROOT / ".venv")
-    return red(f"{found}, and the scripts need {oldest} or newer", mend)
+        fix = quoted(newer, "-m", "venv", "--clear", ROOT / ".venv")
+    return red(f"{found}, and the scripts need {oldest} or newer", fix)
 
 
 def torch_is_there() -> Finding:
@@ -260,7 +255,7 @@ def torch_is_there() -> Finding:
     requirements = ROOT / "requirements.txt"
     wanted = re.search(r"^torch>=([\d.]+)", requirements.read_text() if requirements.exists() else "", re.M)
     if wanted and numbers(facts()["torch"]) < numbers(wanted[1]):
-        return red(f"torch {facts()['torch']}, and the scripts need {wanted[1]}", install_anew())
+        return red(f"torch {facts()['torch']}, and the scripts need {wanted[1]}", reinstall())
     cuda = facts().get("cuda")
     kind = f"for CUDA {cuda}" if cuda else "without CUDA"
     return green(f"torch {facts()['torch']}, {kind} ({tried('torch')})")
@@ -273,7 +268,7 @@ def torchvision_fits() -> Finding:
     for name in ("torchvision_error", "operators_error"):
         if name in facts():
             missing = "No module named 'torchvision'" in facts()[name]
-            return red(facts()[name], install_all() if missing else install_anew())
+            return red(facts()[name], install_all() if missing else reinstall())
     equal, less, more = operator.eq, operator.lt, operator.gt
     signs = {"==": equal, "!=": operator.ne, "<": less, "<=": operator.le, ">": more, ">=": operator.ge}
     found = f"torchvision {facts()['torchvision']}"
@@ -281,7 +276,7 @@ def torchvision_fits() -> Finding:
         for sign, version in re.findall(r"(==|>=|<=|!=|<|>)\s*(\d[\d.]*)", wanted):
             if not signs[sign](numbers(facts()["torch"]), numbers(version)):
                 why = f"{found} wants torch {sign} {version}, and this is {facts()['torch']}"
-                return red(why, install_anew())
+                return red(why, reinstall())
     return green(f"{found} fits torch {facts()['torch']}")
 
 
@@ -299,7 +294,7 @@ def gpus() -> Finding:
     if "torch" not in facts():
         return no_torch()
     if not facts().get("cuda"):
-        return yellow(f"{cards[0]}, but this torch is for CPUs only", install_anew())
+        return yellow(f"{cards[0]}, but this torch is for CPUs only", reinstall())
     found = f"torch for CUDA {facts()['cuda']} cannot use {cards[0]}: is its driver too old?"
     return red(found, "export CUDA_VISIBLE_DEVICES=  # for the CPU, until there is a newer driver")
 
@@ -322,9 +317,9 @@ def backends() -> Finding:
         return no_torch()
     found = facts().get("backends", [])
     if "gloo" not in found:
-        return red(f"torch comes without gloo (it has: {', '.join(found) or 'none'})", install_anew())
+        return red(f"torch comes without gloo (it has: {', '.join(found) or 'none'})", reinstall())
     if facts().get("cuda") and facts().get("gpus") and "nccl" not in found:
-        return yellow("gloo, but no NCCL for the GPUs: add --use-gpu 0", install_anew())
+        return yellow("gloo, but no NCCL for the GPUs: add --use-gpu 0", reinstall())
     return green(", ".join(found))
 
 
@@ -340,61 +335,133 @@ def cores() -> int:
 
 def threads() -> Finding:
     """No rank has more threads than there are cores. The scripts give each of two ranks half of the cores."""
-    asked, mend = os.environ.get("OMP_NUM_THREADS"), f"export OMP_NUM_THREADS={max(1, cores() // 2)}"
+    asked, fix = os.environ.get("OMP_NUM_THREADS"), f"export OMP_NUM_THREADS={max(1, cores() // 2)}"
     if asked is not None and not (asked.isascii() and asked.isdigit() and int(asked)):
-        return red(f"OMP_NUM_THREADS is '{asked}', and no number of threads", mend)
-    each = int(asked) if asked else max(1, (os.cpu_count() or 1) // 2)
+        return red(f"OMP_NUM_THREADS is '{asked}', and no number of threads", fix)
+    each = int(asked) if asked else max(1, cores() // 2)
     why = "OMP_NUM_THREADS" if asked else "the scripts' own choice"
     found = f"{each} for each rank ({why}), cores: {cores()}"
     if each > cores():
-        return red(f"{found}: they would take turns", mend)
+        return red(f"{found}: they would take turns", fix)
     if 2 * each > cores() > 1:
-        return yellow(f"{found}: two ranks would take turns", mend)
+        return yellow(f"{found}: two ranks would take turns", fix)
     return green(found)
 
 
-def within(seconds: float, function: Callable[..., Any], *words: Any) -> None:
-    """Call a function that may hang; raises what it raises, or TimeoutError."""
-    ended: list[Exception | None] = []
+def within(seconds: float, function: Callable[..., Any], *words: Any) -> Any:
+    """What a function that may hang returns; raises what it raises, or TimeoutError."""
+    answers: list[Any] = []
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
-            function(*words)
-            ended.append(None)
+            answers.append(function(*words))
         except Exception as error:  # which the caller gets
-            ended.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not ended:
+    if errors:
+        raise errors[0]
+    if not answers:
         raise TimeoutError(f"no answer within {seconds} s")
-    if ended[0]:
-        raise ended[0]
+    return answers[0]
+
+
+def variables() -> Finding:
+    """No variable is left that torchrun would take for one of its flags: PET_NNODES for --nnodes."""
+    left = sorted(name for name in os.environ if name.startswith("PET_") and name != LOCAL_ADDR)
+    if left:
+        found = f"torchrun takes {left[0]}={os.environ[left[0]]} for one of its flags, in every command"
+        return red(found, f"unset {' '.join(left)}")
+    return green("none is set that torchrun takes for a flag")
+
+
+LOCAL_ADDR = "PET_LOCAL_ADDR"  # torchrun takes it for --local-addr, the address at which the ranks meet
 
 
 def host_name() -> Finding:
-    """This machine's name leads to an address: gloo looks it up, to find the network to talk over."""
-    name, chosen = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+    """This machine's name leads to this machine: torchrun lets the ranks meet there, and gloo looks it up."""
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME", "")
     there = [each for _, each in socket.if_nameindex()]
     missing = [each for each in chosen.split(",") if chosen and each not in there]
     if missing:
         found = f"GLOO_SOCKET_IFNAME names '{missing[0]}', and there is: {', '.join(there)}"
         return red(found, "unset GLOO_SOCKET_IFNAME")
-    for each in ("localhost",) if chosen else ("localhost", name):
-        try:
-            within(10, socket.getaddrinfo, each, None)
-        except (OSError, UnicodeError) as error:
-            found = f"'{each}' leads nowhere ({getattr(error, 'strerror', None) or error})"
-            hosts = f"echo '127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}"
-            return red(found, hosts if each == "localhost" else choose_loopback())
+    if problem := leads_elsewhere("localhost"):
+        return red(problem, f"echo '127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}")
+    given = os.environ.get(LOCAL_ADDR, "")
+    if given and (problem := leads_elsewhere(given)):
+        return red(f"{LOCAL_ADDR}: {problem}", f"unset {LOCAL_ADDR}")
+    try:
+        name = within(10, socket.getfqdn)  # torchrun's own question
+    except TimeoutError:
+        name = socket.gethostname()
+    if not given and (problem := leads_elsewhere(name)):
+        hosts = f"echo '127.0.0.1 {name}' | {as_root('tee -a /etc/hosts')}"
+        if "torch" not in facts():
+            return red(f"{problem}, and torchrun's ranks meet there", hosts)
+        trouble = two_ranks_of_torchrun({LOCAL_ADDR: "127.0.0.1"})
+        if trouble:
+            return red(f"{problem}; with {LOCAL_ADDR}=127.0.0.1, too, {trouble}", hosts)
+        return red(f"{problem}, and torchrun's ranks meet there", f"export {LOCAL_ADDR}=127.0.0.1")
     begin = time.monotonic()
     with contextlib.suppress(OSError):  # it need not have a name, and how long that takes is the question
         within(30, socket.getnameinfo, ("::ffff:127.0.0.1", 0), 0)  # as torch's store asks for each rank's
     if (took := time.monotonic() - begin) > 3:
         found = f"the name server is slow: {took:.0f} s are lost each time that a rank asks it for a name"
         return yellow(found, f"echo '::ffff:127.0.0.1 localhost' | {as_root('tee -a /etc/hosts')}")
-    return green(f"not looked up: gloo uses {chosen}" if chosen else f"'{name}' has an address")
+    if given:
+        return green(f"torchrun's ranks meet at {given} ({LOCAL_ADDR})")
+    return green(f"'{name}' is an address of this machine")
+
+
+def leads_elsewhere(name: str) -> str:
+    """Why nobody can meet at this name on this machine; an empty string for one of its own addresses."""
+    try:
+        found = within(10, socket.getaddrinfo, name, 0, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return f"'{name}' leads nowhere ({getattr(error, 'strerror', None) or error})"
+    for family, kind, _, _, address in found:
+        # Only an own address can be bound. An IPv6 address on a machine without IPv6 is none.
+        with contextlib.suppress(OSError), socket.socket(family, kind) as one:
+            one.bind(address)
+            return ""
+    return f"'{name}' leads to another machine ({found[0][4][0]})"
+
+
+def two_ranks_of_torchrun(variables: dict[str, str], seconds: float = 120) -> str:
+    """Let torchrun start two ranks that add up; an empty string, or what went wrong."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*words, *part("torchrun")[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **variables},
+    )
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return f"two ranks of torchrun do not meet within {seconds:g} s"
+    finally:
+        process.terminate()  # it ends its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(40)  # torchrun gives its ranks 30 s
+        process.kill()
+        process.wait()
+    return f"torchrun ends with status {status}" if status else ""
+
+
+def be_a_rank_of_torchrun() -> None:
+    """In a child of torchrun: meet the other rank, and add up a thousand numbers."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1000))
+    dist.destroy_process_group()
 
 
 def loopback() -> Finding:
@@ -413,7 +480,7 @@ def loopback() -> Finding:
             raise ConnectionError("the connection was cut")
     except OSError as error:
         reason = error.strerror or str(error)
-        return red(f"this machine cannot talk to itself at 127.0.0.1 ({reason})", mend_loopback(error))
+        return red(f"this machine cannot talk to itself at 127.0.0.1 ({reason})", fix_loopback(error))
     return green("127.0.0.1 answers")
 
 
@@ -424,7 +491,7 @@ def port() -> Finding:
             return green(f"{server.getsockname()[1]} is free")
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            return red(f"no port to be had ({error.strerror})", mend_loopback(error))
+            return red(f"no port to be had ({error.strerror})", fix_loopback(error))
     name, span = "net.inet.ip.portrange.first", "49152"
     if LINUX:
         name, span = "net.ipv4.ip_local_port_range", "32768 60999"
@@ -474,9 +541,9 @@ def talk(rank: int, folder: Path, seconds: float) -> None:
 
 def ranks(seconds: float = 120) -> Finding:
     """Two ranks that really talk: a store, a process group, an all-reduce."""
-    well, found, mend = loopback()
+    well, found, fix = loopback()
     if not well:  # a store would try for two minutes
-        return red(f"not tried: {found}", mend)
+        return red(f"not tried: {found}", fix)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         statuses = start_ranks(Path(folder), seconds)
@@ -493,7 +560,7 @@ def ranks(seconds: float = 120) -> Finding:
     why = errors[-1] if errors else f"it ended with status {statuses[rank]}"
     if statuses[rank] is None:
         why = f"no end within {seconds:g} s"
-    return red(f"rank {rank} failed to {STAGES[reached[rank]]}: {why}"[:300], mend_ranks(reached[rank]))
+    return red(f"rank {rank} failed to {STAGES[reached[rank]]}: {why}"[:300], fix_ranks(reached[rank]))
 
 
 def start_ranks(folder: Path, seconds: float) -> list[int | None]:
@@ -515,13 +582,15 @@ def start_ranks(folder: Path, seconds: float) -> list[int | None]:
             process.wait()
 
 
-def mend_ranks(stage: int) -> str:
+def fix_ranks(stage: int) -> str:
     """What helps two ranks that got stuck at this one of STAGES."""
     if stage == 0:
-        return install_anew() if importlib.util.find_spec("torch") else install_all()
+        return reinstall() if importlib.util.find_spec("torch") else install_all()
     if stage < 3:
-        return mend_loopback(OSError())
-    return "unset GLOO_SOCKET_IFNAME" if "GLOO_SOCKET_IFNAME" in os.environ else choose_loopback()
+        return fix_loopback(OSError())
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return "unset GLOO_SOCKET_IFNAME"
+    return f"export GLOO_SOCKET_IFNAME={LOOPBACK}"  # gloo stays on this machine, whatever its name leads to
 
 
 def reach(url: str, seconds: float = 10) -> str:
@@ -590,14 +659,14 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     if not folder.is_dir():
         return red(f"{folder} is not there", as_root(f"mount --mkdir -t tmpfs tmpfs {quoted(folder)}"))
     free = shutil.disk_usage(folder).free / 10**6
-    found, mend = (
+    found, fix = (
         f"{free:,.0f} MB are free in {folder}",
         as_root(f"mount -o remount,size=1G {quoted(folder)}"),
     )
     if free < 32:
-        return red(f"{found}: too little for --num-workers", mend)
+        return red(f"{found}: too little for --num-workers", fix)
     if free < 256:
-        return yellow(f"{found}: enough for MNIST, but little for larger images and for NCCL", mend)
+        return yellow(f"{found}: enough for MNIST, but little for larger images and for NCCL", fix)
     return green(found)
 
 
@@ -611,10 +680,10 @@ def open_files() -> Finding:
     if soft == resource.RLIM_INFINITY or soft >= 256:
         return green(f"{'any number' if soft == resource.RLIM_INFINITY else f'{soft:,}'} may be open")
     within_hard = hard == resource.RLIM_INFINITY or hard >= 1024 or not LINUX
-    mend = "ulimit -n 1024" if within_hard else as_root("prlimit --pid $$ --nofile=1024:1024")
+    fix = "ulimit -n 1024" if within_hard else as_root("prlimit --pid $$ --nofile=1024:1024")
     found = f"only {soft} may be open at once"
     # Seen with step 05 and two workers for each rank: 40 are too few, 64 are enough.
-    return red(f"{found}: too few", mend) if soft < 128 else yellow(f"{found}: few for many workers", mend)
+    return red(f"{found}: too few", fix) if soft < 128 else yellow(f"{found}: few for many workers", fix)
 
 
 def checks(data_dir: Path) -> dict[str, Callable[[], Finding]]:
@@ -626,6 +695,7 @@ def checks(data_dir: Path) -> dict[str, Callable[[], Finding]]:
         "gpus": gpus,
         "backends": backends,
         "threads": threads,
+        "variables": variables,
         "host-name": host_name,
         "loopback": loopback,
         "port": port,
@@ -644,14 +714,14 @@ def examine(data_dir: Path, only: list[str], as_json: bool) -> int:
         if only and name not in only:
             continue
         begun = time.perf_counter()
-        well, what, mend = check()
+        well, what, fix = check()
         colour = {True: "green", None: "yellow", False: "red"}[well]
         seconds = round(time.perf_counter() - begun, 2)
-        found.append({"check": name, "status": colour, "found": what, "mend": mend, "seconds": seconds})
+        found.append({"check": name, "status": colour, "found": what, "fix": fix, "seconds": seconds})
         if not as_json:
             print(f"{painted(colour)}  {name:<13}  {what}", flush=True)
-            if mend:
-                print(f"{'':8}mend it with:  {mend}", flush=True)
+            if fix:
+                print(f"{'':8}fix it with:  {fix}", flush=True)
     count = {colour: sum(each["status"] == colour for each in found) for colour in ("green", "yellow", "red")}
     if as_json:
         print(json.dumps({"ok": not count["red"], **count, "checks": found}, indent=1))
@@ -912,7 +982,12 @@ def install_wheels(bundle: Path, to: Path) -> None:
 
 # --- The command line
 
-PARTS: dict[str, Callable[..., None]] = {"look": look_at_torch, "rank": be_a_rank, "pip": be_pip}
+PARTS: dict[str, Callable[..., None]] = {
+    "look": look_at_torch,
+    "rank": be_a_rank,
+    "torchrun": be_a_rank_of_torchrun,
+    "pip": be_pip,
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
