@@ -48,27 +48,37 @@ def gather(state):
     with sharded.reader(state) as reader:
         dcp.load(tensors, storage_reader=reader)
     numbers = {name: number for number, name in parameter_names(state["param_groups"]).items()}
-    weights = {}
+    only_sharded = ("checksum", "checksums", "param_groups", "path", "writer")
+    plain = {key: value for key, value in state.items() if key not in only_sharded}
     slots = {number: {} for number in numbers.values()}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
-        if part == "model":
-            weights[name] = tensor
-        else:
+        if not name:
+            raise ValueError(f"{part} is a tensor, and no dictionary of tensors")
+        if part == "optimizer":
             name, _, slot = name.rpartition(".")
             slots[numbers[name]][slot] = tensor
-    only_sharded = ("checksum", "checksums", "param_groups", "path", "writer")
-    plain = {key: value for key, value in state.items() if key not in only_sharded}
-    plain["model"] = weights
+        else:  # the model, and what else a script of the reader's own saves as shards
+            plain.setdefault(part, {})[name] = tensor
     plain["optimizer"] = {"state": slots, "param_groups": state["param_groups"]}
     return plain
+
+
+def holds_tensors(value):
+    """Whether it is a dictionary of tensors: the model's, or another that is saved as shards."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(part, torch.Tensor) for part in value.values())
+    )
 
 
 def scatter(folder, state):
     """Write the sharded snapshot of the plain one `state` in `folder`."""
     names = parameter_names(state["optimizer"]["param_groups"])
     slots = {names[number]: slots for number, slots in state["optimizer"]["state"].items()}
-    shards = {"model": state["model"], "optimizer": slots}
+    shards = {key: value for key, value in state.items() if holds_tensors(value)}
+    shards |= {"model": state["model"], "optimizer": slots}
     unfinished = sharded.unfinished(folder, state["global_step"])
     if unfinished.exists():
         shutil.rmtree(unfinished)
