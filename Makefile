@@ -3,7 +3,7 @@
 # make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
 # make soak   interrupts training at 100 random moments and compares how it ends
 # make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
-# make bench  each step beside what it could be, in 17 minutes; make record  runs the commands of the pages
+# make bench  each step beside what it could be, in 20 minutes; make record  runs the commands of the pages
 # make docs   fills the pages from scripts and records, draws their pictures, and makes docs/index.html
 # What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
 

@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from common.cores import count_cores  # noqa: E402
+
 RANKS, BATCH = 2, 8
 SHORT, LONG = 2, 10  # steps
 STEP_04, STEP_05 = ROOT / "04_multinode" / "train.py", ROOT / "05_fsdp" / "train.py"
@@ -60,7 +62,7 @@ def measure(script: Path, flags: list[str], steps: int) -> tuple[float, int, flo
 
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
+    print(f"torch {torch.__version__}, {platform.machine()}, {count_cores()} cores")
     print(f"{RANKS} ranks, vit 768×12, batch {BATCH} each, {torch.cuda.device_count()} GPUs\n")
     print("| | seconds a step | MB sent by a rank in a step | MB of model states | MB of the process |")
     print("|---|---|---|---|---|")

@@ -52,6 +52,7 @@ def load(step: str) -> ModuleType:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     sys.argv[0] = str(path)
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # step 02 refuses torchrun, which starts its ranks here
     return script
 
 

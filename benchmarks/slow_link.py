@@ -6,7 +6,6 @@ Needs root, for two hosts in namespaces (see hosts.py). Each has one rank with o
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.hosts import WHY, commands_for, network, possible  # noqa: E402
+from common.cores import count_cores  # noqa: E402
 from common.options import fail  # noqa: E402
 
 LINKS = {
@@ -49,7 +49,7 @@ def measure(link: tuple[float, float] | None, accumulate: int) -> tuple[float, f
 def main() -> None:
     if not possible():
         fail(WHY)
-    print(f"{os.cpu_count()} cores; model cnn, gradients of 0.83 MB, batch 64 on each of two nodes")
+    print(f"{count_cores()} cores; model cnn, gradients of 0.83 MB, batch 64 on each of two nodes")
     print("| link | " + " | ".join(f"`--accumulate {n}`" for n in ACCUMULATE) + " |")
     print("|---" * (1 + len(ACCUMULATE)) + "|")
     for name, link in LINKS.items():

@@ -14,7 +14,6 @@ training, testing. Nothing is warmed up, no run is left out, and the test set de
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from common.cores import count_cores  # noqa: E402
 from common.device import count_gpus  # noqa: E402
 from common.options import fail, whole_number  # noqa: E402
 
@@ -73,7 +73,7 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     gpu = f"{torch.cuda.get_device_name(0)}, " if count_gpus() and torch.cuda.is_available() else ""
-    return f"{gpu}{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{gpu}{names[0] if names else platform.machine()}, {count_cores()} cores"
 
 
 def main(args: argparse.Namespace) -> None:

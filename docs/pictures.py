@@ -30,7 +30,7 @@ def results(name: str) -> Any:
 
 def bench_rows() -> list[dict[str, Any]]:
     """The rows of `make bench` on the machine that these pages are about."""
-    return list(results("amd-epyc-2-cores.json")["rows"])
+    return list(results("intel-xeon-2-cores.json")["rows"])
 
 
 def numbers(text: str) -> list[float]:
