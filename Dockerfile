@@ -9,6 +9,9 @@
 FROM python:3.11-slim
 RUN useradd --uid 1000 --create-home trainer && install --directory --owner=trainer /workspace
 WORKDIR /workspace
+# For --compile. Any version will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt .
 RUN pip install --no-cache-dir --requirement requirements.txt
 COPY --chown=1000 . .

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where `common` is
 
+from common.cores import count_cores
 from common.options import OneLineParser, fail, whole_number
 
 ROOT = Path(__file__).resolve().parent
@@ -84,7 +85,8 @@ def launcher(step: str, ranks: int) -> tuple[str, list[str]]:
     if step == "02":
         return "mp.spawn", [sys.executable, script, f"--world-size={ranks}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return "torchrun", [*torchrun, script]
+    here = "--local-addr=127.0.0.1"  # the ranks meet there, whatever this machine's name leads to
+    return "torchrun", [*torchrun, here, script]
 
 
 def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def train(step: str, ranks: int, flags: list[str], folder: Path) -> dict[str, An
     print(f"\n--- {STEPS[step].parent.name}, {ranks} {'rank' if ranks == 1 else 'ranks'}", flush=True)
     outputs = ["--snapshot-dir", str(folder / "snapshots"), "--metrics", str(folder / "metrics.jsonl")]
     # torchrun would give each rank one thread, step 02 gives it an equal share of the cores.
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = str(max(1, count_cores() // ranks))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     status = subprocess.run([*command, *flags, *outputs], env=environment).returncode
     if status != 0:
@@ -238,7 +240,7 @@ def main() -> None:
         "global_batch": args.batch_size,
         "flags": rest,
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {count_cores()} cores",
         "tolerance": bound,
         "problems": problems,
         "runs": runs,

@@ -50,7 +50,7 @@ class Trainer:
 
     def train(self):
         self.load_snapshot()
-        self.stop = GracefulStop()  # from here on, SIGTERM and Ctrl-C mean: save, then exit
+        self.stop = GracefulStop()  # from here on, signals mean: save, then exit
         if self.global_step > 0 and self.samples_seen == 0:
             self.evaluate()  # the run may have ended between an epoch's snapshot and its evaluation
         while self.epoch < self.args.epochs:
@@ -64,15 +64,17 @@ class Trainer:
         self.sampler.set_epoch(self.epoch, start=self.samples_seen)
         losses = []
         self.model.train()
-        for batch in self.report.progress(self.train_loader, self.epoch, self.samples_seen):
+        batches = self.stop.batches(self.train_loader)
+        for batch in self.report.progress(batches, self.epoch, self.samples_seen):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size
             self.global_step += 1
             stopping = self.stop.requested()
-            if stopping or self.report.is_due():
+            saving = stopping or self.report.save_is_due(self.args.save_every, self.global_step)
+            if saving or self.report.is_due():
                 self.report.train(self.epoch, self.global_step, torch.stack(losses).tolist())
                 losses = []
-            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
+            if saving:
                 self.save_snapshot()
             if stopping:
                 self.stop.exit(self.report, self.global_step)
@@ -114,7 +116,7 @@ class Trainer:
     def evaluate(self):
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, targets
         self.model.eval()
-        for batch in self.test_loader:
+        for batch in self.stop.batches(self.test_loader):
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
@@ -158,7 +160,7 @@ def main(args):
     if args.compile:
         model.compile()  # in place, so that the names of its parameters stay as they are
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
-    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed, vars(args))
     snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose)
     report = Reporter(run, device, args.metrics, args.profile, args.verbose)
     Trainer(args, device, model, optimizer, train_data, test_data, snapshots, report).train()

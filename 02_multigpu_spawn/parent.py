@@ -6,6 +6,8 @@ import sys
 
 import torch.multiprocessing as mp
 
+from common.stopping import SIGNALS
+
 
 def join(context):
     """In the parent of `mp.spawn(…, join=False)`: forward signals to the ranks, and end as they do."""
@@ -17,8 +19,9 @@ def join(context):
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup lets SIGHUP be ignored
+            signal.signal(number, forward)
     try:
         while not context.join():
             pass

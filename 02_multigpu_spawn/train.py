@@ -25,7 +25,7 @@ from common.loading import loader_options, to_device
 from common.mnist import load_mnist
 from common.models import build_model
 from common.options import make_parser, whole_number
-from common.process_group import backends, keep_alive, release_process_group, rendezvous_errors
+from common.process_group import backends, keep_alive, release_process_group, rendezvous
 from common.reporting import Reporter
 from common.run import Run, name_of
 from common.sampler import ResumableSampler
@@ -39,7 +39,7 @@ def worker(rank, port, args):
     device = setup_device(args.use_gpu, rank, args.world_size)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
-    with rendezvous_errors():  # one line if some of the ranks do not come
+    with rendezvous():  # one line if some of the ranks do not come
         dist.init_process_group(
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
             store=dist.TCPStore("127.0.0.1", port),  # a client of spawn's store
@@ -88,7 +88,7 @@ class Trainer:
         # DDP's first backward pass decides in which order it adds: the same in a resumed run.
         fix_bucket_order(self.model, self.loss, self.autocast, self.train_loader, self.device)
         self.load_snapshot()
-        # From here on, SIGTERM and Ctrl-C mean: save, then exit.
+        # From here on, signals mean: save, then exit.
         self.stop = GracefulStop(self.args.timeout)
         if self.global_step > 0 and self.samples_seen == 0:
             self.evaluate()  # the run may have ended between an epoch's snapshot and its evaluation
@@ -103,17 +103,19 @@ class Trainer:
         self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        for batch in self.report.progress(self.train_loader, self.epoch, self.samples_seen):
+        batches = self.stop.batches(self.train_loader)
+        for batch in self.report.progress(batches, self.epoch, self.samples_seen):
             losses.append(self.run_batch(batch))
             self.samples_seen += self.args.batch_size * self.world_size
             self.global_step += 1
             stopping = self.stop.requested()
-            if stopping or self.report.is_due():
+            saving = stopping or self.report.save_is_due(self.args.save_every, self.global_step)
+            if saving or self.report.is_due():
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
+            if saving:
                 self.save_snapshot()
             if stopping:
                 self.stop.exit(self.report, self.global_step)
@@ -163,7 +165,7 @@ class Trainer:
         remaining = len(range(self.rank, len(self.test_loader.dataset), self.world_size))
         self.model.eval()
         self.share_buffers()
-        for batch in self.test_loader:
+        for batch in self.stop.batches(self.test_loader):
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
@@ -180,7 +182,6 @@ class Trainer:
             dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: keep rank 0's
 
     def save_snapshot(self):
-        self.share_buffers()
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -217,7 +218,7 @@ def main(args, device):
         model.compile()  # in place, so that the names of its parameters stay as they are
     torch.manual_seed(args.seed + dist.get_rank())  # weights must be alike, dropout must not
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")
-    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed, vars(args))
     snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose)
     report = Reporter(run, device, args.metrics, args.profile, args.verbose)
     Trainer(args, device, model, optimizer, train_data, test_data, snapshots, report).train()

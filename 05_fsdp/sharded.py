@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import shutil
+import sys
 from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from common import snapshot
 from common.options import fail
+from common.output import may_go_away
 from common.process_group import gather_objects, keep_alive
 
 STATE = "state.pt"  # all that is not a shard, the layout of the shards, and their checksums
@@ -80,10 +82,12 @@ def read_state(path):
     if not all(isinstance(entry, dict) for entry in state["rng"] + state["param_groups"]):
         return {}, f"{STATE}: rng or param_groups holds something that is not a dict"
     expected = {STATE, *state["checksums"]}
-    unexpected = {entry.name for entry in path.iterdir()} - expected
+    names = {entry.name for entry in path.iterdir()}
+    # What file systems, editors and file managers leave is not read.
+    unexpected = {name for name in names - expected if name.endswith(".distcp")}
     if unexpected:
         return {}, f"{min(unexpected)} does not belong here"
-    missing = expected - {entry.name for entry in path.iterdir() if entry.is_file()}
+    missing = expected - {name for name in names if (path / name).is_file()}
     if missing:
         return {}, f"{min(missing)} is missing"
     return state, ""
@@ -306,7 +310,7 @@ class Saver:
     def __init__(self, snapshots, timeout):
         self.snapshots = snapshots
         self.saving = None
-        self.newest = None  # the global step of the snapshot that this run has loaded, or saved last
+        self.loaded = None  # the global step of the snapshot that this run has resumed from
         # A group of its own: two threads must not talk over one.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
@@ -329,8 +333,7 @@ class Saver:
 
     def commit(self, writing, writer, state):
         """When all ranks' shards are written (`writing` is dcp.async_save's), add `state` and the name."""
-        self.newest = state["global_step"]
-        state = {**state, **self.snapshots.identity}
+        state = {**state, **self.snapshots.identity, "flags": self.snapshots.run.settings()}
         self.saving = self.executor.submit(self.commit_now, writing, writer, state)
 
     def commit_now(self, writing, writer, state):
@@ -346,7 +349,8 @@ class Saver:
                     path = commit(folder, writer.layout(), dict(ChainMap(*checksums)), state)
                     delete_old(folder)
                     if self.snapshots.verbose:
-                        print(f"[rank 0] saved {path}", flush=True)
+                        with may_go_away(sys.stdout):
+                            print(f"[rank 0] saved {path}")
         except dcp.CheckpointException as error:  # the same on all ranks
             reason = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
             problem = f"{reason}{free_on(folder)}; {snapshot.REMEDY}"

@@ -36,7 +36,7 @@ from common.mnist import load_mnist
 from common.models import build_model
 from common.nodes import check_ranks_agree, check_shared
 from common.options import make_parser, positive_float, whole_number
-from common.process_group import backends, release_process_group, rendezvous_errors
+from common.process_group import backends, release_process_group, rendezvous
 from common.reporting import Reporter
 from common.run import Run, name_of
 from common.sampler import ResumableSampler
@@ -52,7 +52,7 @@ def worker(args):
     device = setup_device(args.use_gpu, int(os.environ["LOCAL_RANK"]))
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)  # from here on "cuda" is this rank's GPU
-    with rendezvous_errors():  # one line if some of the ranks do not come
+    with rendezvous():  # one line if some of the ranks do not come
         dist.init_process_group(  # torchrun's environment variables have address and rank
             backend=backends(device),  # NCCL for CUDA, and gloo for the CPU
             timeout=timedelta(seconds=args.timeout),  # a rank that is silent for longer is lost
@@ -125,7 +125,7 @@ class Trainer:
 
     def train(self, state):
         self.load_snapshot(state)
-        # From here on, SIGTERM and Ctrl-C mean: save, then exit.
+        # From here on, signals mean: save, then exit.
         self.stop = GracefulStop(self.args.timeout)
         self.memory.table("at the start")
         if self.global_step > 0 and self.samples_seen == 0:
@@ -142,19 +142,21 @@ class Trainer:
         self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        steps = group_batches(self.train_loader, self.args.accumulate)
+        batches = self.stop.batches(self.train_loader)
+        steps = group_batches(batches, self.args.accumulate)
         for micro_batches in self.report.progress(steps, self.epoch, self.samples_seen):
             losses.append(self.run_batch(micro_batches))
             self.memory.after_step()
             self.samples_seen += self.args.batch_size * self.args.accumulate * self.world_size
             self.global_step += 1
             stopping = self.stop.requested()
-            if stopping or self.report.is_due():
+            saving = stopping or self.report.save_is_due(self.args.save_every, self.global_step)
+            if saving or self.report.is_due():
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if stopping or self.report.save_is_due(self.args.save_every, self.global_step):
+            if saving:
                 self.save_snapshot()
             if stopping:
                 self.saver.wait()
@@ -212,7 +214,7 @@ class Trainer:
         remaining = len(range(self.rank, len(self.test_loader.dataset), self.world_size))
         self.model.eval()
         self.share_buffers()
-        for batch in self.test_loader:
+        for batch in self.stop.batches(self.test_loader):
             batch = to_device(batch, self.device)
             metrics = self.per_sample_metrics(batch)
             sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
@@ -230,7 +232,7 @@ class Trainer:
             dist.broadcast(buffer, src=0)  # batch norm's averages differ by rank: keep rank 0's
 
     def save_snapshot(self):
-        if self.global_step == self.saver.newest:
+        if self.global_step == self.saver.loaded:
             return  # it was saved when the run was stopped after an epoch's last step
         self.saver.wait()  # for the previous snapshot
         self.share_buffers()
@@ -271,7 +273,7 @@ class Trainer:
         # The number of ranks may have changed: round up to a multiple of it.
         self.samples_seen = math.ceil(state["samples_seen"] / self.world_size) * self.world_size
         self.global_step = state["global_step"]
-        self.saver.newest = self.global_step
+        self.saver.loaded = self.global_step
 
 
 def main(args, device):
@@ -284,7 +286,7 @@ def main(args, device):
         model = build()
     if args.compile:
         model.compile()  # in place, so that the names of its parameters stay as they are
-    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed)
+    run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed, vars(args))
     snapshots = SnapshotFolder(args.snapshot_dir, run, args.verbose, sharded.read)
     check_shared(snapshots.path)
     state = snapshots.load_newest()  # first: a run that resumes needs no initial weights

@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from common.cores import count_cores
 from common.options import fail, warn
 
 
@@ -29,8 +30,12 @@ def setup_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int
     os.environ["LOCAL_RANK"] = str(local_rank)  # for `warn` and `fail`, also in step 02's ranks
     if local_world_size == 0:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
+    cores = count_cores()
+    if "OMP_NUM_THREADS" not in os.environ:
+        if local_world_size > 1:
+            torch.set_num_threads(max(1, cores // local_world_size))
+        else:  # torch's own number may be larger: it does not know a container's limit
+            torch.set_num_threads(min(cores, torch.get_num_threads()))
     gpus = 0 if use_gpu == 0 else count_gpus()
     if gpus == 0:
         if use_gpu == 1:

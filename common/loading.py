@@ -2,19 +2,29 @@
 
 import atexit
 import multiprocessing
+import os
+import random
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
+from common.options import fail
 from common.run import name_of
+from common.stopping import SIGNALS
 
 
 def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
-    """Arguments for a DataLoader of any map-style dataset, whose batches go to `device`."""
+    """Arguments for a DataLoader of any map-style dataset, whose batches go to `device`.
+
+    Also seeds Python's and numpy's random numbers, so that a dataset that draws them in this process draws
+    the same in each run.
+    """
+    seed_python_and_numpy(torch.initial_seed())
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
@@ -25,10 +35,31 @@ def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
         # A resumed run would take one more, and its dropout would differ.
         "generator": torch.Generator().manual_seed(torch.initial_seed()),
     }
+    if num_workers > 0:
+        check_socket_paths()
     if num_workers > 0 and sys.platform == "linux":
         # Python 3.14 lets a server start the workers. A SIGTERM to all processes would end it, and them.
         options["multiprocessing_context"] = "fork"
     return options
+
+
+def seed_python_and_numpy(seed: int) -> None:
+    """Seed what datasets draw from besides torch. In its workers, a DataLoader does so."""
+    random.seed(seed)
+    if "numpy" in sys.modules:  # torch imports it where it is installed
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def check_socket_paths() -> None:
+    """`fail` if the temporary folder's name is too long for the sockets through which workers send tensors.
+
+    The workers would say so, each for itself, and the process would wait for its first batch forever.
+    """
+    longest = 107 if sys.platform == "linux" else 103  # bytes of a socket's name: man 7 unix
+    name = "/pymp-12345678/listener-12345678"  # in Python's multiprocessing
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder + name)) > longest:
+        fail(f"{folder} is too long a name for the sockets of --num-workers: set TMPDIR to a shorter one")
 
 
 def collate(samples: Any) -> Any:
@@ -74,7 +105,7 @@ def fingerprint(data: Any) -> str:
 
 def ignore_signals(worker: int) -> None:
     """In a worker process: signals are for the rank, which needs batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

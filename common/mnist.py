@@ -128,11 +128,18 @@ def is_complete(raw: Path) -> bool:
 
 
 def fetch(data_dir: Path, raw: Path) -> str:
-    """Let torchvision try its mirrors; returns an empty string, or why none of them served."""
+    """Let torchvision try its mirrors; returns an empty string, or why none of them served.
+
+    A .gz file in `raw` is not downloaded again if its checksum is right.
+    """
     from torchvision.datasets import MNIST  # takes seconds to import, so only when it is needed
 
     partial = data_dir / ".mnist-partial"
     shutil.rmtree(partial, ignore_errors=True)  # what a process that was killed has left
+    archives = partial / "MNIST" / "raw"  # where torchvision looks for them
+    archives.mkdir(parents=True)
+    for archive in raw.glob("*.gz"):
+        shutil.copy(archive, archives)
     socket.setdefaulttimeout(10)  # torchvision sets none: a firewall that drops packets would hang us
     try:
         MNIST(partial, download=True)

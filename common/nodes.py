@@ -1,7 +1,9 @@
 """What several machines need: the same code and data, a look at who shares a disk, a copy of a snapshot."""
 
+import contextlib
 import os
 import socket
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -60,12 +62,16 @@ def ranks_sharing(folder: Path) -> list[int]:
     The folder is made if it is not there. `fail`s if it cannot be written to.
     """
     snapshot.check_folder(folder)
-    mark = folder / f".snapshot-{uuid.uuid4()}.tmp"  # if it is left there, the next save deletes it
+    for mark in folder.glob(".mark-*"):
+        with contextlib.suppress(FileNotFoundError):  # another rank has deleted it
+            if time.time() - mark.stat().st_mtime > 3600:  # of a run that was killed in here
+                mark.unlink()
+    mark = folder / f".mark-{uuid.uuid4()}"
     mark.touch()
     marks = gather_objects(mark.name)
     ranks = [rank for rank, name in enumerate(marks) if (folder / name).exists()]
     dist.barrier()  # the marks stay until all ranks have looked
-    mark.unlink()
+    mark.unlink(missing_ok=True)
     return ranks
 
 
@@ -80,11 +86,14 @@ def load_newest_of_all(snapshots: snapshot.SnapshotFolder, is_saver: bool, timeo
 
     Ranks with `is_saver`, one for each disk, first write a copy of it where it is missing.
     """
+    snapshots.lock(is_saver)
     state = snapshots.load_newest(same_on_all_ranks=False)
     version = (state["global_step"], state["checksum"]) if state else (-1, b"")
     versions = gather_objects(version)
     newest = max(versions)
     if len(set(versions)) == 1:
+        if state:
+            snapshots.check_flags(state)
         return state
     state = None  # free its memory before another one is loaded
     path = snapshot.path_of(snapshots.path, newest[0])

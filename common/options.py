@@ -3,16 +3,20 @@
 import argparse
 import contextlib
 import functools
+import io
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import NoReturn
+
+from common.output import may_go_away
 
 
 def fail(message: str) -> NoReturn:
@@ -25,7 +29,8 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(2))
         time.sleep(10)
-    print(f"error: {message}", file=sys.stderr)
+    with may_go_away(sys.stderr):
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -39,13 +44,18 @@ def tell_torchrun(message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": content}))
+        try:
+            Path(path).write_text(json.dumps({"message": content}))
+        except OSError:  # its disk is full: torchrun cannot read half a file
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
 
 
 def warn(message: str) -> None:
     """Print `warning: message`, on local rank 0 only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr)
+        with may_go_away(sys.stderr):
+            print(f"warning: {message}", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -58,7 +68,19 @@ class OneLineParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Only the flag's name: an underscore after "=" belongs to the value.
         words = [re.sub(r"^--[^=]*", lambda match: match[0].replace("_", "-"), word) for word in words]
-        return super().parse_known_args(words, namespace)
+        found, rest = super().parse_known_args(words, namespace)
+        if getattr(found, "model", "") == "resnet18" and found.batch_size == 1:
+            self.error("--model resnet18 needs a --batch-size of 2 or more: batch norm compares samples")
+        if getattr(found, "compile", False) and not has_compiler():
+            self.error("--compile needs a compiler for C++, such as g++, and there is none: install it")
+        return found, rest
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds a compiler for its code, for CPUs in C++ and for GPUs in C."""
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    names = (os.environ.get("CXX", default), os.environ.get("CC", "gcc"), "clang")
+    return any(shutil.which(name) for name in names)
 
 
 def whole_number(text: str, low: int = 1, high: int = 10**9, step: int = 1) -> int:
@@ -87,8 +109,11 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     With a `launcher`, `spawn` or `torchrun`, also those of a script with several ranks. `fail`s if that is
     torchrun and has not started this process.
     """
-    if launcher == "torchrun" and not {"-h", "--help"} & set(sys.argv):
-        check_torchrun()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is ASCII only gets ? for ×
+    if not {"-h", "--help"} & set(sys.argv):
+        check_torchrun(expected=launcher == "torchrun")
     step = Path(script).resolve().parent.name
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -112,6 +137,7 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
     add("--num-workers", type=workers, default=0, metavar="N", help="processes that load the data (0: none)")
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
+    add("--allow-changes", action="store_true", help="resume with flags that change what is trained")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
     add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")
     add("--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 unless given")
@@ -128,10 +154,25 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     return parser
 
 
-def check_torchrun() -> None:
-    """`fail` if torchrun's variables are not set (docs.pytorch.org/docs/stable/elastic/run.html)."""
+def check_torchrun(expected: bool) -> None:
+    """`fail` if a script that torchrun is to start was not started by it, or the other way round.
+
+    torchrun's variables are those of docs.pytorch.org/docs/stable/elastic/run.html.
+    """
+    if not expected:
+        started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if started:  # each process would train for itself, into the same folder
+            fail(f"this script is not for torchrun: python {shlex.join(sys.argv)}")
+        return
+    if any(re.match("--local[-_]rank", word) for word in sys.argv):
+        fail(f"torch.distributed.launch passes --local-rank, which is not taken here: {use_torchrun()}")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
-        command = f"torchrun --standalone --nproc-per-node=2 {shlex.join(sys.argv)}"
-        fail(f"not set: {', '.join(missing)}; use torchrun: {command}")
+        fail(f"not set: {', '.join(missing)}; {use_torchrun()}")
+
+
+def use_torchrun() -> str:
+    """The remedy: a command with this script and its flags."""
+    words = [word for word in sys.argv if not re.match("--local[-_]rank", word)]
+    return f"use torchrun: torchrun --standalone --nproc-per-node=2 {shlex.join(words)}"

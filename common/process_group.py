@@ -18,7 +18,7 @@ import torch.distributed.nn  # before there is a group: its functions keep one t
 from torch.distributed.device_mesh import DeviceMesh
 
 from common.options import fail
-from common.stopping import GracefulStop
+from common.stopping import GracefulStop, end_with_launcher
 
 SECONDS_BETWEEN_BEATS = 1.0  # of a rank that is still at work
 
@@ -34,8 +34,12 @@ def backends(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def rendezvous_errors() -> Iterator[None]:
-    """Around `init_process_group`: one line when the ranks do not find each other, or have no connection."""
+def rendezvous() -> Iterator[None]:
+    """Around `init_process_group`: one line when the ranks do not find each other, or have no connection.
+
+    From here on, this rank ends when its launcher was killed, whatever it waits for.
+    """
+    end_with_launcher()
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:

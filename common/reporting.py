@@ -1,14 +1,16 @@
 """What a run tells its reader: lines, on a terminal a progress bar, and the metrics file."""
 
 import atexit
+import errno
 import json
+import math
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,9 @@ from torch.profiler import profile, schedule
 from tqdm import tqdm
 
 from common.options import fail, warn
+from common.output import may_go_away
 from common.run import Run
+from common.stopping import GracefulStop, ask_to_stop
 
 LOG_EVERY = 100  # steps between two reports; the CPU waits for the GPU at a report, and only there
 
@@ -45,7 +49,7 @@ class Reporter:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.samples = 0  # trained on since the start
         self.seconds = 0.0  # that they have taken
-        self.metrics: TextIO | None = None
+        self.metrics: Any = None
         self.trace_dir = trace_dir
         self.profiler: Any = None
         self.open_files(metrics)
@@ -75,7 +79,7 @@ class Reporter:
             f"{self.world_size} × {batches} = {self.samples_per_step} samples a step, "
             f"{epochs} epochs of {self.steps_per_epoch} steps"
         )
-        local_rank = os.environ.get("LOCAL_RANK", 0)
+        local_rank = os.environ["LOCAL_RANK"]  # set by setup_device
         node = os.environ.get("GROUP_RANK", 0)
         self.detail(
             f"local rank {local_rank}, world size {self.world_size}, device {self.device}, "
@@ -95,16 +99,20 @@ class Reporter:
         try:
             if metrics and self.rank == 0:
                 metrics.parent.mkdir(parents=True, exist_ok=True)
-                self.metrics = metrics.open("a")  # a resumed run continues in the same file
+                # A resumed run continues in the same file. Without a buffer, each event is there at once.
+                self.metrics = metrics.open("ab", buffering=0)
+                if ends_within_a_line(metrics):
+                    self.metrics.write(b"\n")
             if self.trace_dir:
                 self.trace_dir.mkdir(parents=True, exist_ok=True)
+                self.trace = self.trace_dir / f"{self.run.step}-rank-{self.rank}.json"  # for ui.perfetto.dev
+                self.trace.unlink(missing_ok=True)  # write_trace looks whether this run has written one
         except OSError as error:
             fail(f"cannot write {error.filename}: {error.strerror}; choose another --metrics or --profile")
         if self.trace_dir:
-            trace = str(self.trace_dir / f"{self.run.step}-rank-{self.rank}.json")  # for ui.perfetto.dev
             self.profiler = profile(
                 schedule=schedule(wait=WAIT, warmup=WARM_UP, active=TRACED, repeat=1),
-                on_trace_ready=lambda profiler: profiler.export_chrome_trace(trace),
+                on_trace_ready=self.write_trace,
             )
             # It is kept until the end: freed beside a process group, it may crash (torch 2.11 to 2.14).
             atexit.register(self.profiler.stop)
@@ -112,9 +120,9 @@ class Reporter:
     def say(self, line: str, rank: int = 0) -> None:
         """Print a line, on rank 0."""
         if self.rank == rank:
-            # The end of the line is in the same write: ranks share the terminal.
-            tqdm.write(f"{line}\n", end="")
-            sys.stdout.flush()
+            with may_go_away(sys.stdout):
+                # The end of the line is in the same write: ranks share the terminal.
+                tqdm.write(f"{line}\n", end="")
 
     def detail(self, line: str) -> None:
         """Print a line with this rank's number in front, on every rank, with `--verbose`."""
@@ -122,9 +130,16 @@ class Reporter:
             self.say(f"[rank {self.rank}] {line}", self.rank)
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one JSON object to the metrics file, if there is one."""
-        if self.metrics:
-            print(json.dumps({"event": event, **values}, default=str), file=self.metrics, flush=True)
+        """Append one JSON object to the metrics file, if there is one. If that fails, the run stops."""
+        if self.metrics is None:
+            return
+        line = json.dumps({"event": event, **values}, default=str) + "\n"
+        try:
+            if self.metrics.write(line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            ask_to_stop(f"cannot write {self.metrics.name}: {error.strerror}")
+            self.metrics = None
 
     def progress(self, batches: Iterable[Any], epoch: int, done: int = 0) -> Iterator[Any]:
         """What `batches` gives, one item a step, with a progress bar when rank 0's output is a terminal.
@@ -135,7 +150,6 @@ class Reporter:
         self.detail(f"epoch {epoch + 1}: {self.steps_left:,} steps")
         self.last_report = time.perf_counter()
         bar = tqdm(
-            batches,
             desc=f"epoch {epoch + 1}/{self.epochs}",
             total=self.steps_left,
             unit=" steps",
@@ -143,13 +157,27 @@ class Reporter:
             file=sys.stdout,
             disable=self.rank != 0 or not sys.stdout.isatty(),
         )
-        for step, batch in enumerate(bar, start=1):
+        for step, batch in enumerate(batches, start=1):
             self.step = step
             yield batch
+            with may_go_away(sys.stdout):
+                bar.update()
             if self.profiler:
                 if self.profiler.step_num == WAIT + WARM_UP + TRACED - 1:
                     time.sleep(0.1)  # it may crash if it ends while gloo's threads write down what they did
                 self.profiler.step()
+        with may_go_away(sys.stdout):
+            bar.close()
+
+    def write_trace(self, profiler: Any) -> None:
+        """Write this rank's trace. If that fails, the run continues without."""
+        profiler.export_chrome_trace(str(self.trace))
+        if not self.trace.exists():  # torch has printed why, and raises nothing
+            print(
+                f"warning: rank {self.rank} cannot write {self.trace}: there is no trace of it",
+                file=sys.stderr,
+            )
+            self.trace.with_name(f"{self.trace.name}.tmp").unlink(missing_ok=True)
 
     def is_due(self) -> bool:
         """Whether the step of the batch that `progress` has just given is to be reported, or is the last."""
@@ -170,6 +198,9 @@ class Reporter:
         self.samples += samples
         self.seconds += seconds
         loss = sum(losses) / len(losses)
+        if not math.isfinite(loss):
+            remedy = "try a smaller --lr, and another --snapshot-dir if it comes again"
+            fail(f"the loss is {loss} by step {global_step}: nothing more is saved; {remedy}")
         rate = round(samples / seconds)
         self.say(f"epoch {epoch + 1}/{self.epochs}  step {global_step}  loss {loss:.4f}  {rate:,} samples/s")
         self.detail(f"step {global_step}: {len(losses)} steps in {seconds:.2f} s")
@@ -180,8 +211,14 @@ class Reporter:
         self, epochs: int, global_step: int, loss_sum: float, correct: float, total: float
     ) -> None:
         """Report a test after so many epochs, from sums over the `total` targets of the test set."""
+        if total == 0:
+            self.say(f"epoch {epochs}/{self.epochs}  no test: the test set has no targets")
+            return
         loss = loss_sum / total
         accuracy = correct / total
+        if not math.isfinite(loss):
+            remedy = "try a smaller --lr, and another --snapshot-dir: the newest snapshot has these weights"
+            fail(f"the test loss is {loss} after step {global_step}; {remedy}")
         self.say(
             f"epoch {epochs}/{self.epochs}  test loss {loss:.4f}, "
             f"accuracy {accuracy:.2%} ({correct:,.0f} of {total:,.0f})"
@@ -204,3 +241,14 @@ class Reporter:
             warn(f"no trace in {self.trace_dir}: it begins {WAIT + WARM_UP} steps after the start")
         if self.caveat:
             warn(self.caveat)
+        if GracefulStop.problem:
+            fail(GracefulStop.problem)
+
+
+def ends_within_a_line(path: Path) -> bool:
+    """Whether the last line of a file is half a line, as a run leaves it when a disk is full."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"

@@ -1,7 +1,17 @@
 """What a run is: by this a snapshot knows whether it belongs to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+# Flags that change nothing that is trained, or that `identity` compares already.
+NOT_COMPARED = {
+    *("step", "model", "vit_width", "vit_depth", "num_samples", "data_dir", "precision", "seed"),
+    *("snapshot_dir", "save_every", "allow_changes", "metrics", "profile", "verbose", "timeout"),
+    *("num_workers", "eval_batch_size", "use_gpu", "compile", "world_size"),
+    *("replicas", "no_reshard", "activation_checkpointing", "cpu_offload", "meta_init"),
+}
+# Of the others, those that a resumed run may have for a good reason: it says so, and continues.
+OFTEN_CHANGED = {"epochs", "lr", "batch_size", "accumulate"}
 
 
 @dataclass(frozen=True)
@@ -13,6 +23,7 @@ class Run:
     data: str
     precision: str
     seed: int
+    flags: dict[str, Any] = field(default_factory=dict)  # all of them, by name
 
     @property
     def name(self) -> str:
@@ -22,6 +33,12 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a snapshot must have in common with the run that resumes from it."""
         return {"run": self.name, "precision": self.precision, "seed": self.seed}
+
+    def settings(self) -> dict[str, Any]:
+        """The flags that change what is trained, as a snapshot keeps them: numbers, strings and None."""
+        flags = {name: value for name, value in self.flags.items() if name not in NOT_COMPARED}
+        kinds = (bool, int, float, str, type(None))
+        return {name: value if isinstance(value, kinds) else str(value) for name, value in flags.items()}
 
 
 def name_of(thing: Any) -> str:

@@ -6,12 +6,14 @@ Step 05's is a folder, see 05_fsdp/sharded.py.
 """
 
 import contextlib
+import fcntl
 import os
 import platform
 import re
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +23,18 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from common.loading import seed_python_and_numpy
 from common.options import fail, warn
+from common.output import may_go_away
 from common.process_group import gather_objects, keep_alive
 from common.reporting import Reporter
-from common.run import Run
+from common.run import OFTEN_CHANGED, Run
 
 FORMAT = 3
 WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode()[:64].ljust(64)
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 CHUNK = 1 << 24  # bytes of a file that are in memory at a time
+SECONDS_FOR_THE_LAST_RUN = 20.0  # to end, when its launcher has ended already
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
 
@@ -193,7 +198,9 @@ class SnapshotFolder:
 
     def __init__(self, path: Path | None, run: Run, verbose: bool = False, read_shards: Any = None):
         self.path = path or Path("checkpoints", run.step, run.name)
+        self.run = run
         self.identity = {"format": FORMAT, **run.identity()}
+        self.lock_file: Any = None
         self.verbose = verbose
         self.read_shards = read_shards
 
@@ -202,7 +209,7 @@ class SnapshotFolder:
         path = path_of(self.path, state["global_step"])
         try:
             delete_unfinished(self.path, but=unfinished(path))
-            write(path, {**state, **self.identity})
+            write(path, {**state, **self.identity, "flags": self.run.settings()})
             delete_old(self.path)
         except OSError as error:
             fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
@@ -210,7 +217,8 @@ class SnapshotFolder:
             fail(f"cannot write {path}: {error}")
         if self.verbose:
             rank = dist.get_rank() if dist.is_initialized() else 0
-            print(f"[rank {rank}] saved {path}", flush=True)
+            with may_go_away(sys.stdout):
+                print(f"[rank {rank}] saved {path}")
 
     def load_newest(self, same_on_all_ranks: bool = True) -> Any:
         """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.
@@ -220,6 +228,8 @@ class SnapshotFolder:
         same one and do not.
         """
         check_folder(self.path)
+        if same_on_all_ranks:
+            self.lock(not dist.is_initialized() or dist.get_rank() == 0)
         paths = self.candidates()
         state: Any = None
         problems: list[str] = []
@@ -233,16 +243,48 @@ class SnapshotFolder:
                     break
                 problems.append(f"{path} is damaged ({problem})")
         if problems and len(problems) == len(paths):
-            fail(f"{'; '.join(problems)}; no snapshot is left, delete {self.path} to start again")
+            fail(f"{'; '.join(problems)}; no good snapshot is left; to start again, move {self.path} away")
         if state:
             loaded = path
             for problem in problems:
                 warn(f"{problem}; using {loaded} instead")
             self.check_identity(loaded, state)
             state["path"] = loaded
+            if same_on_all_ranks:
+                self.check_flags(state)
         if same_on_all_ranks and dist.is_initialized():
             check_same_start(self.identity, state["global_step"] if state else None)
         return state
+
+    def lock(self, saves: bool) -> None:
+        """Reserve the folder for this run until the process ends, however it ends. All ranks call it.
+
+        A rank that `saves` does it, and `fail`s if another run has the folder. A run that is just ending is
+        waited for. On NFS, the server has the lock (man 2 fcntl).
+        """
+        with keep_alive():  # the others wait for it
+            if saves and self.lock_file is None:  # to open and close it once more would unlock it
+                check_folder(self.path)
+                self.wait_for_lock(self.path / ".lock")
+
+    def wait_for_lock(self, path: Path) -> None:
+        """Lock the file `path`, or `fail` when another process does not unlock it soon."""
+        try:
+            self.lock_file = path.open("a")
+        except OSError as error:
+            fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
+        deadline = time.monotonic() + SECONDS_FOR_THE_LAST_RUN
+        while True:
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):  # another process has it
+                if time.monotonic() > deadline:
+                    fail(f"another run saves to {self.path}: wait for it, or choose another --snapshot-dir")
+                time.sleep(0.2)
+            except OSError as error:
+                warn(f"cannot lock {path}: {error.strerror}; start no second run in this folder")
+                return
 
     def candidates(self) -> list[Path]:
         """The snapshots to try, newest first. `fail`s if a newer one is of the other kind."""
@@ -265,6 +307,23 @@ class SnapshotFolder:
                 difference = f"was made with {name} {state.get(name)}, this run has {name} {value}"
                 writer = f" ({written_by(state)})" if name == "format" else ""
                 fail(f"{path} {difference}{writer}: use the same, or another --snapshot-dir")
+
+    def check_flags(self, state: dict[str, Any]) -> None:
+        """Say which flags differ from those in the snapshot `state`; `fail` at one that is seldom meant."""
+        before = state.get("flags", {})
+        if not isinstance(before, dict):
+            fail(f"{state['path']} has flags that are no dict: use another --snapshot-dir")
+        now = self.run.settings()
+        changed = [
+            name for name in sorted(now.keys() & before.keys()) if repr(now[name]) != repr(before[name])
+        ]
+        changes = [f"--{name.replace('_', '-')} is {now[name]}, and was {before[name]}" for name in changed]
+        if OFTEN_CHANGED.issuperset(changed) or self.run.flags.get("allow_changes"):
+            for change in changes:
+                warn(f"{change} in {state['path']}")
+        else:
+            remedy = "use the same, or --allow-changes, or another --snapshot-dir"
+            fail(f"{'; '.join(changes)} in {state['path']}: {remedy}")
 
 
 def delete_old(folder: Path) -> None:
@@ -306,7 +365,8 @@ def restore_rng(
 
     With another number of ranks, or another kind of device, they start from a new seed. `workers` is the
     generator from which the DataLoader takes its workers' seeds, if it has one of its own. It continues from
-    another place, so that workers that augment do not repeat what they drew before the interruption.
+    another place, as Python's and numpy's numbers do, so that a dataset that augments does not repeat what it
+    drew before the interruption.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -321,8 +381,10 @@ def restore_rng(
         torch.manual_seed(zlib.crc32(f"{state['seed']} {state['global_step']} {rank}".encode()))
         saved_by = f"{len(states)} ranks" if len(states) != world_size else "other devices"
         report.detail(f"random numbers start from a new seed: the snapshot is of {saved_by}")
+    another_place = torch.initial_seed() + state["global_step"]
+    seed_python_and_numpy(another_place)
     if workers is not None:
-        workers.manual_seed(torch.initial_seed() + state["global_step"])
+        workers.manual_seed(another_place)
 
 
 def keep_kernels(saved_groups: list[dict[str, Any]], optimizer: Optimizer) -> None:

@@ -1,40 +1,54 @@
-"""Stopping gracefully: SIGTERM and Ctrl-C end all ranks after the same step, when a snapshot is saved."""
+"""Stopping gracefully: a signal ends all ranks after the same step, when a snapshot is saved."""
 
+import contextlib
+import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from common.reporting import Reporter
+from common.options import fail
+
+if TYPE_CHECKING:
+    from common.reporting import Reporter
 
 # The ranks vote as often as one of these allows, because a step can take milliseconds, or minutes.
 SECONDS_BETWEEN_VOTES = 0.1
 STEPS_BETWEEN_VOTES = 5
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PROBLEM = 1000  # in the place of a signal's number, and greater than any
+SECONDS_FOR_A_BATCH = 10.0  # after a signal; schedulers often give a process 30 s to end
 
 
 class GracefulStop:
     """Lets all ranks stop after the same step when one of them has had a signal.
 
     A rank that stopped alone would leave the others waiting in their next collective. So the ranks vote: an
-    `all_reduce` over gloo, which begins in one step and is read in the next, while training continues. A rank
-    whose launcher is gone votes for SIGTERM.
+    `all_reduce` over gloo, which begins in one step and is read in the next, while training continues.
     """
 
     received = 0  # the number of the last signal that this process has had
+    problem = ""  # why this process asks all to stop without a signal
+    waiting_since: float | None = None  # since when this process has waited for a batch
     watching = False
 
     def __init__(self, timeout: float = 0.0):
-        """From now on, SIGTERM and Ctrl-C do not end this process, unless they come twice.
+        """From now on, a SIGTERM, Ctrl-C or SIGHUP does not end this process.
+
+        A second one does, if it is not SIGHUP, and comes more than a second after the first.
 
         `timeout` is the process group's, in seconds. Without a process group it is not used.
         """
-        self.launcher = os.getppid()
         self.step = 0
         self.clock = time.perf_counter()
         self.next_vote = 0
@@ -55,7 +69,7 @@ class GracefulStop:
         They get the same answer.
         """
         if self.group is None:
-            self.stopping = GracefulStop.received
+            self.stopping = own_reason()
             return self.stopping != 0
         now = time.perf_counter()
         seconds = now - self.clock  # that the last step has taken
@@ -67,11 +81,31 @@ class GracefulStop:
             self.begin_vote(seconds)
         return self.stopping != 0
 
+    def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The batches of `loader`. `fail`s if one of its worker processes has died.
+
+        A process that has had a signal waits ten seconds for a batch at most. Then it ends, without saving:
+        the other ranks are in the step already, and wait for it.
+        """
+        GracefulStop.waiting_since = time.monotonic()
+        try:
+            batches = start_workers(loader)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise in the middle of a step
+            for batch in batches:
+                GracefulStop.waiting_since = None
+                yield batch
+                GracefulStop.waiting_since = time.monotonic()
+        except (RuntimeError, OSError, EOFError) as error:
+            if not worker_has_died(loader, error):
+                raise
+            reason = f"it may have used too much memory, or /dev/shm is too small ({error})"
+            fail(f"a worker of --num-workers has died: {reason}; run the same command again to resume")
+        finally:
+            GracefulStop.waiting_since = None
+
     def begin_vote(self, seconds: float) -> None:
-        """Send this rank's signal, and how long its step has taken, to the others."""
-        launcher_is_gone = os.getppid() != self.launcher
-        number = signal.SIGTERM if launcher_is_gone else GracefulStop.received
-        ballot = torch.tensor([number, int(seconds * 1e6)])
+        """Send this rank's reason to stop, if any, and how long its step has taken, to the others."""
+        ballot = torch.tensor([own_reason(), int(seconds * 1e6)])
         counting = dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)
         self.vote = (ballot, counting)
 
@@ -86,31 +120,94 @@ class GracefulStop:
         began = self.step - 1
         self.next_vote = began + max(1, min(STEPS_BETWEEN_VOTES, steps))
 
-    def exit(self, report: Reporter, global_step: int) -> None:
-        """End this process with the status that shells give to a signal, when all ranks are here."""
-        if self.group is not None:  # torchrun ends the others 30 s after the first has ended
-            dist.barrier(group=self.group)
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def exit(self, report: "Reporter", global_step: int) -> None:
+        """End this process with the status that shells give to a signal, when all ranks are here.
+
+        If one of them has a problem, all `fail` with it.
+        """
+        problems = [GracefulStop.problem]
+        if self.group is not None:
+            # All leave together: torchrun ends the others 30 s after the first has ended.
+            problems = [""] * dist.get_world_size()
+            dist.all_gather_object(problems, GracefulStop.problem, group=self.group)
+        for number in SIGNALS:
             # The launcher sends one when another rank has ended before this one.
             signal.signal(number, signal.SIG_IGN)
+        if self.stopping == PROBLEM:
+            fail(f"{max(problems)}; saved at step {global_step}: run the same command again to resume")
         name = signal.Signals(self.stopping).name
         report.say(f"{name}: saved at step {global_step}; run the same command again to resume")
         sys.exit(128 + self.stopping)
 
 
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """An iterator over `loader`, which starts its worker processes. `fail`s if the system has none left."""
+    try:
+        return iter(loader)
+    except OSError as error:
+        if loader.num_workers == 0:
+            raise
+        fail(f"cannot start the processes of --num-workers {loader.num_workers}: {error.strerror}; use fewer")
+
+
+def worker_has_died(loader: DataLoader[Any], error: Exception) -> bool:
+    """Whether `error` is that of a `loader` that has lost a worker process, and not one of its dataset."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error) or "Pin memory thread exited" in str(error)
+    # Or a lost connection, if a batch was on its way. What a dataset raises in a worker begins with "Caught".
+    is_connection = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    return loader.num_workers > 0 and is_connection and not str(error).startswith("Caught ")
+
+
+def end_with_launcher() -> None:
+    """From now on, send this process SIGTERM when the one that has started it has ended.
+
+    Before training, it ends then, whatever it waits for. During training, all ranks save first.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        if GracefulStop.received == 0:  # mp.spawn's ranks have SIGINT then, and two signals are too many
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
+
+
+def ask_to_stop(problem: str) -> None:
+    """Let all ranks save after the step that is under way, and `fail` with this `problem`."""
+    GracefulStop.problem = GracefulStop.problem or problem
+
+
+def own_reason() -> int:
+    """Why this process wants to stop: a signal's number, PROBLEM, or 0 if it does not."""
+    return PROBLEM if GracefulStop.problem else GracefulStop.received
+
+
 def watch_signals() -> None:
-    """From now on SIGTERM and Ctrl-C are noted in `GracefulStop.received`; a second one ends the process.
+    """From now on signals are noted in `GracefulStop.received`; a second SIGTERM or Ctrl-C ends the process.
 
     A thread waits for the second: Python runs no handler while the main thread waits in a collective.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note_signal)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or not survives_hangup():
+            signal.signal(number, note_signal)
     if not GracefulStop.watching:
         GracefulStop.watching = True
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # from here on, each signal writes its number
-        threading.Thread(target=end_at_the_second_signal, args=(reader,), daemon=True).start()
+        threading.Thread(target=watch_for_the_end, args=(reader,), daemon=True).start()
+
+
+def survives_hangup() -> bool:
+    """Whether the user wants training to continue when the terminal or the connection is closed.
+
+    `nohup` lets a program ignore SIGHUP. Under torchrun, which handles this signal itself, ranks do not
+    ignore it, unless `--signals-to-handle` leaves it out.
+    """
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def note_signal(number: int, frame: Any) -> None:
@@ -118,22 +215,34 @@ def note_signal(number: int, frame: Any) -> None:
     GracefulStop.received = number
 
 
-def end_at_the_second_signal(reader: int) -> None:
+def watch_for_the_end(reader: int) -> None:
     """End this process when `reader` gives the number of a second SIGTERM or Ctrl-C.
 
-    Those in the second after the first one are the same: a terminal and the launcher both send it.
+    Those in the second after the first one are the same: a terminal and the launcher both send it. Also end
+    it when, after a signal, no batch has come for SECONDS_FOR_A_BATCH.
     """
-    first = 0.0
+    first, first_at = 0, 0.0
     while True:
-        [number] = os.read(reader, 1)
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            continue
+        readable, _, _ = select.select([reader], [], [], 0.5 if first else None)
         now = time.monotonic()
-        if first == 0:
-            first = now
-        elif now - first > 1:
-            rank = f"rank {dist.get_rank()} has " if dist.is_initialized() else ""
-            name = signal.Signals(number).name
-            lost = "ends at once, and what was trained after the last snapshot is lost"
-            os.write(2, f"error: {rank}{name} for the second time: {lost}\n".encode())
-            os._exit(128 + number)
+        if readable:
+            [number] = os.read(reader, 1)
+            if not first and number in SIGNALS:
+                first, first_at = number, now
+            elif number in (signal.SIGINT, signal.SIGTERM) and now - first_at > 1:
+                end_now(number, " for the second time")
+        since = GracefulStop.waiting_since
+        if first and since is not None and now - max(first_at, since) > SECONDS_FOR_A_BATCH:
+            end_now(first, f", and no batch has come for {SECONDS_FOR_A_BATCH:.0f} s")
+
+
+def end_now(number: int, why: str) -> None:
+    """End this process, whatever it does, with the status that shells give to a signal."""
+    rank = f"rank {dist.get_rank()} has " if dist.is_initialized() else ""
+    lost = "ends at once, and what was trained after the last snapshot is lost"
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"error: {rank}{signal.Signals(number).name}{why}: {lost}\n".encode())
+    for child in multiprocessing.active_children():
+        if child.daemon:  # a loader's worker: it would wait for the same
+            child.kill()
+    os._exit(128 + number)

@@ -108,6 +108,9 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
                 del sys.modules[name]  # of the scripts' `common`, and of theirs
         os.environ.clear()
         os.environ.update(env)
+        # Of the kind that the new files are: a terminal has no position.
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         wait_for_the_other_ranks()
         if TRACE in os.environ:
             trace(os.environ[TRACE])

@@ -333,6 +333,11 @@ def last_saved(folder: Path) -> int:
     return max(saved(folder), default=0)
 
 
+def left_over(folder: Path) -> list[str]:
+    """What is in `folder` besides snapshots and the lock, which stays."""
+    return sorted(path.name for path in folder.glob(".*") if path.name != ".lock")
+
+
 def newest(folder: Path) -> dict[str, Any]:
     """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)

@@ -11,8 +11,9 @@ import sys
 
 import pytest
 import torch
-from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, errors, start, wait_until
+from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, command, errors, finish, start, wait_until
 
+from common import options
 from common.mnist import FILES
 from common.snapshot import FORMAT, REMEDY, write
 
@@ -122,6 +123,7 @@ FLAGS = {
     "05 --timeout=soon": WHOLE.replace("from 1", "from 5"),
     "05 --replicas=0": WHOLE,
     "05 --replicas=2": "--replicas 2 must divide the 1 ranks",
+    "--model=resnet18 --batch-size=1": "--model resnet18 needs a --batch-size of 2 or more: batch norm",
     f"{DIGITS} --batch-size=129": "a step takes 129 samples, synthetic-128 has 128: lower --batch-size",
     "--num-samples=1 --batch-size=2": "a step takes 2 samples, synthetic-1 has 1",
     "--data-dir=/dev/null": "cannot download MNIST to /dev/null",
@@ -243,7 +245,7 @@ def test_no_snapshot_can_be_used(tmp_path, step, what):
         path = folder / "snapshot-00000001" / "state.pt"
     UNUSABLE[what](path)
     result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
-    check(result, "no snapshot is left, delete snapshots to start again")
+    check(result, "no good snapshot is left; to start again, move snapshots away")
     assert path.exists()
 
 
@@ -253,6 +255,62 @@ def test_the_other_kind_of_snapshot(tmp_path, step):
     path.mkdir(parents=True)
     result = run(step, ["--use-gpu=0", DIGITS, "--snapshot-dir=snapshots"], tmp_path)
     check(result, "to resume from it: python 05_fsdp/convert.py snapshots/snapshot-00000009")
+
+
+@pytest.mark.parametrize("step", ["01", "02"])
+def test_torchrun_is_not_for_steps_01_and_02(tmp_path, step):
+    """Each of its processes would train for itself, into the same folder."""
+    script = str(ROOT / FOLDERS[step] / "train.py")
+    words = [*command("03", 2)[:-1], script, DIGITS, "--use-gpu=0"]
+    status, out, err = finish(start(words, tmp_path))
+    print(status, out, err)
+    said = f"error: this script is not for torchrun: python {script} {DIGITS} --use-gpu=0"
+    assert status == 1 and errors(err) == [said] and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("step", UNDER_TORCHRUN)
+def test_torchs_old_launcher_is_told_apart(tmp_path, step):
+    """`python -m torch.distributed.launch` gives each process a flag."""
+    words = [sys.executable, "-m", "torch.distributed.launch", "--nproc-per-node=1", "--master-port=0"]
+    script = str(ROOT / FOLDERS[step] / "train.py")
+    status, _, err = finish(start([*words, script, DIGITS], tmp_path))
+    print(status, err)
+    said = "error: torch.distributed.launch passes --local-rank, which is not taken here: use torchrun: "
+    remedy = f"torchrun --standalone --nproc-per-node=2 {script} {DIGITS}"
+    assert status == 1 and errors(err) == [said + remedy]
+
+
+def test_an_error_is_told_where_torchruns_file_cannot_be_written(tmp_path):
+    extra = {**ONE_RANK, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "nowhere" / "file")}
+    words = [sys.executable, str(ROOT / FOLDERS["03"] / "train.py"), "--epochs=0"]
+    status, out, err = finish(start(words, tmp_path, **extra))
+    assert status == 2 and len(errors(err)) == 1 and "Traceback" not in err, out + err
+
+
+@pytest.mark.parametrize("name", ["g++", "gcc", "clang"])
+def test_any_of_three_compilers_will_do(tmp_path, monkeypatch, name):
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not options.has_compiler()
+    (tmp_path / name).touch(0o755)
+    assert options.has_compiler()
+
+
+@pytest.mark.parametrize("step", ["01", "03"])
+def test_no_compiler(tmp_path, step):
+    (tmp_path / "bin").mkdir()
+    check(
+        run(step, [DIGITS, "--compile"], tmp_path, PATH=str(tmp_path / "bin")), "--compile needs a compiler"
+    )
+
+
+@pytest.mark.parametrize("step", ["01", "04"])
+def test_a_terminal_that_is_ascii_only(tmp_path, step):
+    flags = [DIGITS, "--use-gpu=0", "--epochs=1", "--batch-size=16"]
+    run = finish(start([*command(step, 1), *flags], tmp_path, real=True, PYTHONIOENCODING="ascii"))
+    print(*run)
+    assert run[0] == 0 and "1 ? batch 16 = 16 samples a step" in run[1]
 
 
 HOW = "use torchrun: torchrun --standalone --nproc-per-node=2 "

@@ -27,6 +27,7 @@ from helpers import (
     has_ended,
     kill,
     last_saved,
+    left_over,
     newest,
     planted,
     saved,
@@ -181,7 +182,7 @@ def test_a_signal_in_the_last_step_of_an_epoch(once, tmp_path, step, ranks, extr
     if step == SHARDED:  # to delete a whole one and put another there would leave none for a moment
         assert before == [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
         assert files == [path, *sorted(path.iterdir())]
-    assert not list(folder.glob(".*"))
+    assert left_over(folder) == []
 
 
 # --- Flags together, resumed

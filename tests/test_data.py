@@ -184,6 +184,24 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     assert status == 0 and "mnist|60000" in out
 
 
+def test_archives_that_are_there_are_used_without_a_network(tmp_path, mirror, packed):
+    """Downloaded by hand, or by torchvision; one that is damaged is fetched again."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in packed.items():
+        (raw / name).write_bytes(content)
+    mirror.down = True
+    [(status, out, err)] = at_once(1, tmp_path / "data", mirror, packed)
+    assert status == 0 and out.startswith("mnist|60000|10000|") and not mirror.asked, err
+    for name in mnist.FILES:
+        (raw / name).unlink()
+    damaged = max(packed)
+    (raw / damaged).write_bytes(packed[damaged][:-1])
+    mirror.down = False
+    [(status, out, err)] = at_once(1, tmp_path / "data", mirror, packed)
+    assert status == 0 and out.startswith("mnist|60000|10000|") and {*mirror.asked} == {f"/{damaged}"}, err
+
+
 def test_a_mirror_that_says_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "setdefaulttimeout", functools.partial(in_a_hurry, socket.setdefaulttimeout))
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from helpers import GROWN, command, errors, finish, has_ended, planted, start, wait_until
 
-from common.process_group import release_process_group, rendezvous_errors
+from common.process_group import release_process_group, rendezvous
 from common.stopping import GracefulStop
 
 pytestmark = pytest.mark.skipif(
@@ -191,10 +191,10 @@ def test_what_stops_the_start_is_told_by_its_own_name(capsys):
         (dist.DistNetworkError("in use\nmore"), "the ranks do not meet: in use; is the port free, is every"),
         (dist.DistStoreError("late\nmore"), "the ranks do not meet: late; is the port free, is every rank"),
     ):
-        with pytest.raises(SystemExit), rendezvous_errors():
+        with pytest.raises(SystemExit), rendezvous():
             raise error
         assert capsys.readouterr().err.startswith(f"error: {said}")
-    with pytest.raises(RuntimeError, match="a bug of ours"), rendezvous_errors():  # which keeps its traceback
+    with pytest.raises(RuntimeError, match="a bug of ours"), rendezvous():  # which keeps its traceback
         raise RuntimeError("a bug of ours")
 
 

@@ -344,10 +344,8 @@ def damage(path, what):
     elif what.startswith("a folder for "):
         (path / what.removeprefix("a folder for ")).unlink()
         (path / what.removeprefix("a folder for ")).mkdir()
-    elif what == "a file more":
-        (path / "more").write_bytes(b"")
-    elif what == "a folder more":
-        (path / "more").mkdir()
+    elif what == "a shard more":
+        (path / "__9_0.distcp").write_bytes(b"")
     elif what == "a byte more":
         (path / SHARD).write_bytes((path / SHARD).read_bytes() + b"x")
     elif what == "a file of which no byte can be read":  # by root neither
@@ -394,8 +392,7 @@ LIES |= {
     "a folder for state.pt": "state.pt is missing",
     "a group": "state.pt: rng or param_groups holds something that is not a dict",
     "a rank": "state.pt: rng or param_groups holds something that is not a dict",
-    "a file more": "more does not belong here",
-    "a folder more": "more does not belong here",
+    "a shard more": "__9_0.distcp does not belong here",
     "no __0_0.distcp": "__0_0.distcp is missing",
     "a folder for __0_0.distcp": "__0_0.distcp is missing",
     "a byte more": "wrong checksum in __0_0.distcp",
@@ -440,3 +437,13 @@ def test_each_lie_is_told_in_its_own_words(original, tmp_path):
         ours = state["metadata"].storage_data[index]
         assert (ours.relative_path, ours.offset) == (place.relative_path, place.offset)
         assert ours.length == place.length
+
+
+def test_what_other_programs_leave_among_the_shards_does_no_harm(original, tmp_path):
+    """NFS, for a file that was deleted while it was read; an editor; a file manager; and a folder."""
+    path = Path(shutil.copytree(original, tmp_path / "copy")) / "snapshot-00000020"
+    for name in (".nfs0000000001", ".state.pt.swp", "state.pt~", ".DS_Store", "Thumbs.db"):
+        (path / name).write_bytes(b"left")
+    (path / "@eaDir").mkdir()
+    state, problem = sharded.read(path)
+    assert problem == "" and state["global_step"] == 20

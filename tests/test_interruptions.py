@@ -9,10 +9,12 @@ hangs: nothing is lost, nobody waits forever, [see below](#nothing-lost).
 import collections
 import itertools
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,14 +26,17 @@ from helpers import (
     GLOBAL_BATCH,
     GROWN,
     after_a_step,
+    children,
     command,
     drawn,
+    environment,
     errors,
     finish,
     has_ended,
     kill,
     largest_difference,
     last_saved,
+    left_over,
     newest,
     planted,
     ranks_of,
@@ -100,6 +105,78 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     assert "Traceback" not in err
 
 
+@pytest.mark.few(3)
+@pytest.mark.parametrize("step", STEPS)
+def test_when_the_terminal_goes_away_all_is_saved(tmp_path, step):
+    """A dropped connection: Linux sends SIGHUP to all of them, and nothing more can be printed."""
+    ranks = 1 if step == "01" else 3
+    words = [*command(step, ranks), *FOREVER]
+    ours, theirs = pty.openpty()
+    # A process of its own session, whose terminal that is.
+    inside = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    inside += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # the tests themselves may run under nohup
+    inside += "os.execvp(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", inside, *words],
+        cwd=tmp_path, env=environment(), start_new_session=True, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    left = []
+    try:
+        wait_until(lambda: last_saved(tmp_path / "snapshots") >= 4, "a snapshot")
+        left = [process.pid, *children(process.pid)]
+        before = last_saved(tmp_path / "snapshots")
+        os.close(ours)
+        process.wait(60)
+        wait_until(lambda: all(map(has_ended, left)), f"the end of {left}", 60)
+    finally:
+        kill([pid for pid in left if not has_ended(pid)])
+    print(process.returncode, before, saved(tmp_path / "snapshots"))
+    assert process.returncode == (129 if step < "03" else 1)
+    assert last_saved(tmp_path / "snapshots") > before
+    assert not list((tmp_path / "snapshots").glob(".snapshot-*.tmp"))
+
+
+@pytest.mark.parametrize(("step", "status"), [("01", 143), ("02", 143), ("03", 1)])
+def test_nohup_keeps_a_run_alive(tmp_path, step, status):
+    """Under torchrun, with `--signals-to-handle`: it would end its ranks after SIGHUP, all the same."""
+    words = [*command(step, 2), *FOREVER]
+    if step == "03":
+        words.insert(words.index("--standalone"), "--signals-to-handle=SIGTERM,SIGINT")
+    process = start(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *words], tmp_path)
+    try:
+        wait_for_step(process, tmp_path / "snapshots")
+        os.killpg(process.pid, signal.SIGHUP)
+        wait_for_step(process, tmp_path / "snapshots", last_saved(tmp_path / "snapshots") + 40)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+    finally:
+        found, out, err = finish(process)
+    print(found, out[-300:], err[-1000:])
+    assert found == status and "SIGTERM: saved at step" in out
+
+
+@pytest.mark.parametrize("step", GROWN)
+def test_ranks_whose_launcher_is_gone_do_not_wait_to_meet(tmp_path, step):
+    """SIGKILL to the launcher while two of three ranks wait for the third, in `init_process_group`."""
+    rank = "rank" if step == "02" else "int(os.environ['RANK'])"
+    meets = "        dist.init_process_group("
+    late = "        print('here\\n', end='', flush=True)\n"
+    late += f"        __import__('time').sleep(99 if {rank} == 1 else 0)\n"
+    root = planted(tmp_path / "root", step, (meets, late + meets))
+    process = start([*command(step, 3, root), *FOREVER], tmp_path)
+    ranks = []
+    try:
+        process.wait_for("(here(.|\n)*){3}")
+        ranks = process.ranks()
+        kill([process.pid])
+        wait_until(lambda: all(map(has_ended, ranks)), f"the end of {ranks}", 20)
+    finally:
+        kill([pid for pid in ranks if not has_ended(pid)])
+        finish(process)
+    assert len(ranks) == 3
+
+
 @pytest.mark.parametrize("step", GROWN)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
     process = start([*command(step, 2), *FOREVER], tmp_path)
@@ -160,6 +237,74 @@ def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path, step):
     assert last_saved(tmp_path / "snapshots") > 0 and "saved at step" not in out
     who = "" if step == "01" else "rank 0 has "
     assert f"error: {who}SIGTERM for the second time: ends at once, and what was trained" in err
+
+
+LOADS = "    train_data, test_data = load_mnist(args.data_dir, args.num_samples)\n"
+STALLS = f"""{LOADS}    import itertools, os, time
+    usual, calls = type(train_data).__getitems__, itertools.count(1)
+
+    def stalling(data, indices):
+        if len(indices) == 4 and next(calls) == 8 and os.environ.get("RANK", "0") == "LAST":
+            time.sleep(600)
+        return usual(data, indices)
+
+    type(train_data).__getitems__ = stalling
+"""
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("step", "ranks"), [("01", 1), ("03", 3), ("05", 2)])
+def test_a_signal_ends_a_rank_that_waits_for_its_batch(tmp_path, step, ranks, workers):
+    """The others are in the step already, and cannot save without it: what was saved before counts."""
+    root = planted(tmp_path / "root", step, (LOADS, STALLS.replace("LAST", str(ranks - 1))))
+    flags = [*FOREVER, "--batch-size=4", "--save-every=1", f"--num-workers={workers}"]
+    process = start([*command(step, ranks, root), *flags], tmp_path)
+    pids = []
+    try:
+        wait_until(lambda: last_saved(tmp_path / "snapshots") == 7, "the snapshot of the last whole step", 60)
+        pids = [process.pid] if step == "01" else process.ranks()
+        kill(pids, signal.SIGTERM)
+        wait_until(lambda: all(map(has_ended, pids)), f"the end of {pids}", 60)
+    finally:
+        kill([pid for pid in pids if not has_ended(pid)])
+        status, out, err = finish(process)
+    print(status, out, err)
+    assert status == (143 if step == "01" else 1)
+    who = "" if step == "01" else f"rank {ranks - 1} has "
+    assert f"error: {who}SIGTERM, and no batch has come for 10 s: ends at once, and what was trained" in err
+    assert last_saved(tmp_path / "snapshots") == 7 and "saved at step" not in out
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", ["01", "03"])
+def test_a_worker_that_dies_ends_training_in_one_line(tmp_path, step):
+    process = start([*command(step, 2), *FOREVER, "--num-workers=1"], tmp_path)
+    try:
+        wait_for_step(process, tmp_path / "snapshots")
+        rank = process.pid if step == "01" else process.ranks()[0]
+        kill(children(rank))
+        status, out, err = finish(process)
+    finally:
+        kill([process.pid])
+    print(status, out, err)
+    assert status == (2 if step == "01" else 1)
+    said = [line for line in errors(err) if line.startswith("error: a worker of --num-workers has died: ")]
+    assert len(said) == 1
+    assert step == "03" or "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "raised", ["RuntimeError('planted')", "FileNotFoundError(2, 'planted', 'a picture')"]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_data_is_shown_as_it_is(tmp_path, raised, workers):
+    """Whatever its kind: it is not that of a worker that has died."""
+    draws = "        return self[torch.tensor(indices, dtype=torch.int64)]"
+    root = planted(tmp_path / "root", "common/mnist.py", (draws, f"        raise {raised}"), steps=("01",))
+    status, _, err = finish(start([*command("01", 1, root), *FOREVER, f"--num-workers={workers}"], tmp_path))
+    print(err)
+    assert status == 1 and "planted" in err and "Traceback" in err and "has died" not in err
 
 
 # 457 images, 2 ranks × 10: 22 steps an epoch; another size than the first's divides no place of it.
@@ -248,7 +393,7 @@ def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     left_alone = train(step, ranks_of(step), tmp_path / "left alone", *flags)
     state = newest(disk / "snapshots")
     assert largest_difference(state["model"], left_alone.weights) == 0.0
-    assert not list((disk / "snapshots").glob(".*"))
+    assert left_over(disk / "snapshots") == []
 
 
 @pytest.mark.root

@@ -3,23 +3,81 @@
 Promise: a dataset of one's own works in place of `load_mnist` with no other change.
 """
 
+import contextlib
 import inspect
+import multiprocessing
+import random
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import pytest
 import torch
-from helpers import after_a_step, disagreements, drawn, planted, ranks_of, traced, train
-from torch.utils.data import DataLoader, Dataset
+from helpers import (
+    after_a_step,
+    command,
+    disagreements,
+    drawn,
+    errors,
+    finish,
+    planted,
+    ranks_of,
+    start,
+    traced,
+    train,
+)
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from common.buckets import fix_bucket_order
 from common.loading import collate, fingerprint, group_batches, loader_options, to_device
 from common.mnist import load_mnist
 from common.reporting import Reporter
 from common.run import Run
+from common.sampler import ResumableSampler, ShuffledSampler
 from common.snapshot import restore_rng, rng_states
 
 CPU = torch.device("cpu")
+RUN = Run("01", "cnn", "noise", "float32", 0)
 META = torch.device("meta")  # a device that is not the CPU, and that every machine has
+
+
+opened = []  # by the workers of this process
+
+
+def note_worker(worker):
+    opened.append(worker)
+
+
+class Opened(Dataset):
+    """Samples of a file that each worker opens for itself."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        assert opened == [0] and get_worker_info().num_workers == 1
+        assert type(multiprocessing.current_process()).__name__ == "SpawnProcess"
+        return torch.ones(2)
+
+
+def test_ddps_first_pass_has_samples_that_a_worker_makes_as_the_loaders_do():
+    options = {"worker_init_fn": note_worker, "multiprocessing_context": "spawn"}
+    loader = DataLoader(Opened(), 2, num_workers=2, **options)
+    model = torch.nn.Linear(2, 1)
+    fix_bucket_order(model, lambda batch: model(batch).sum(), contextlib.nullcontext(), loader, CPU)
+    assert opened == [] and model.weight.grad is None
+
+
+def test_a_sampler_gives_the_first_epoch_until_it_is_told_another():
+    sampler = ResumableSampler(ShuffledSampler(range(7), seed=3))
+    first = list(sampler)
+    assert sorted(first) == list(range(7)) and len(sampler) == 7
+    sampler.set_epoch(0, start=5)
+    assert list(sampler) == first[5:] and len(sampler) == 2
+    sampler.set_epoch(0)
+    assert list(sampler) == first and len(sampler) == 7
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(7)) and list(sampler) != first
 
 
 class Pair(NamedTuple):
@@ -121,6 +179,22 @@ def test_batches_may_be_dictionaries(once, tmp_path, step):
     assert run.losses.equal(once(step, ranks, *flags).losses)
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("count", [2, 1, 0])
+@pytest.mark.parametrize("step", ["01", "03", "05"])
+def test_there_may_be_fewer_test_samples_than_ranks(tmp_path, step, count):
+    ranks = 3 if step != "01" else 1
+    loads = "    return [Plain(digits) for digits in load(data_dir, num_samples)]\n"
+    cuts = f"    training, test = load(data_dir, num_samples)\n    few = range({count})\n"
+    cuts += "    return Plain(training), torch.utils.data.Subset(Plain(test), few)\n"
+    root = planted(tmp_path / "root", step, (TUPLES[0], OWN_DATA.replace(loads, cuts)))
+    flags = ["--num-samples=48", "--batch-size=4", "--epochs=2"]
+    run = train(step, ranks, tmp_path, *flags, root=root)
+    tested = [event["total"] for event in run.events if event["event"] == "eval"]
+    assert tested == ([count, count] if count else [])
+    assert ("no test: the test set has no targets" in run.out) == (count == 0)
+
+
 class Noisy(Dataset):
     """What an augmentation would draw, in the worker."""
 
@@ -136,8 +210,7 @@ def noise(global_step, epochs):
     options = loader_options(2, CPU)
     if global_step > 0:
         state = {"rng": rng_states(CPU), "path": Path("s/snapshot"), "epoch": 0, "global_step": global_step}
-        report = Reporter(Run("01", "cnn", "noise", "float32", 0), CPU)
-        restore_rng(state, CPU, options["generator"], report)
+        restore_rng(state, CPU, options["generator"], Reporter(RUN, CPU))
     loader = DataLoader(Noisy(), 4, **options)
     return torch.cat([batch for _ in range(epochs) for batch in loader]).tolist()
 
@@ -181,3 +254,31 @@ def test_gradients_are_views_of_ddps_buckets(tmp_path, step):
     run = train(step, 2, tmp_path, *flags, root=root)
     found = [line for line in run.out.splitlines() if line.startswith("storages")]
     assert found and set(found) == {"storages 1"}
+
+
+@pytest.mark.parametrize("step", ["01", "03"])
+def test_a_temporary_folder_with_too_long_a_name_is_told(tmp_path, step):
+    """Workers send tensors through sockets in it, and could not; the run would wait forever."""
+    deep = tmp_path / ("d" * 80)
+    deep.mkdir()
+    flags = ["--num-samples=48", "--batch-size=4", "--epochs=1", "--use-gpu=0", "--num-workers=1"]
+    status, out, err = finish(
+        start([*command(step, ranks_of(step)), *flags], tmp_path, real=True, TMPDIR=str(deep))
+    )
+    print(status, out, err)
+    said = f"error: {deep} is too long a name for the sockets of --num-workers: set TMPDIR to a shorter one"
+    assert status != 0 and errors(err) == [said]
+
+
+def test_numpys_and_pythons_random_numbers_are_seeded(tmp_path):
+    """Those that a dataset draws in the process of the rank; and after a resume it draws others."""
+    drawn = []
+    for steps in (0, 0, 7):
+        torch.manual_seed(3)
+        loader_options(0, CPU)
+        if steps:
+            state = {"rng": rng_states(CPU), "path": Path("s/snapshot"), "epoch": 0, "global_step": steps}
+            restore_rng(state, CPU, None, Reporter(RUN, CPU))
+        drawn.append((random.random(), numpy.random.rand()))
+    first, again, resumed = drawn
+    assert first == again and first[0] != resumed[0] and first[1] != resumed[1]

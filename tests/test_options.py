@@ -1,7 +1,6 @@
 """Flags: what they do on every step, and that errors and warnings come once."""
 
 import ast
-import os
 import re
 import shlex
 import sys
@@ -222,7 +221,7 @@ def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setenv("LOCAL_RANK", "0")
     try:
-        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.setattr(devices, "count_cores", lambda: 8)
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         for of_torchrun, given, threads in (
@@ -237,6 +236,10 @@ def test_the_cores_are_shared_unless_the_user_has_said_otherwise(monkeypatch):
                 monkeypatch.setenv("LOCAL_WORLD_SIZE", of_torchrun)
             setup_device(0, 0, given) if given else setup_device(0, 0)
             assert torch.get_num_threads() == threads  # alone, a process keeps what torch has chosen
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+        torch.set_num_threads(9)
+        setup_device(0, 0)
+        assert torch.get_num_threads() == 8  # unless that is more than it may use
         torch.set_num_threads(3)
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         setup_device(0, 0, 2)

@@ -17,7 +17,20 @@ import time
 
 import forks
 import pytest
-from helpers import FOLDERS, SHARDED, command, environment, finish, newest, planted, saved, start
+from helpers import (
+    FOLDERS,
+    SHARDED,
+    command,
+    environment,
+    errors,
+    finish,
+    left_over,
+    newest,
+    planted,
+    ranks_of,
+    saved,
+    start,
+)
 
 from common import snapshot
 
@@ -74,6 +87,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     took = time.monotonic() - begun
     print(out, err)
     assert status == 0 and "error" not in err and "warning" not in err
+    assert step != "01" or err == ""  # torchrun, and torch in its ranks, have something to say
     events = [json.loads(line) for line in (tmp_path / "deep" / "er" / "m").read_text().splitlines()]
     of_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "memory")}
 
@@ -90,14 +104,17 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     assert {**said, **paths, **here}.items() <= begins.items()
 
     # Each report: which steps it is of, and that its numbers are one another's.
-    ends = [step_ for epoch in range(2) for step_ in [*range(every, steps, every), steps]]
-    keys = {"event", "epoch", "global_step", "loss", "samples_per_s", "losses"}
-    epochs = [epoch for epoch in range(2) for _ in ends[: len(ends) // 2]]
-    assert [e["global_step"] for e in of_kind["train"]] == [
-        epoch * steps + end for epoch, end in zip(epochs, ends, strict=True)
+    due = [  # after so many steps, before each save, and at the end of an epoch
+        (epoch, last)
+        for epoch in range(2)
+        for last in range(1, steps + 1)
+        if last % every == 0 or (epoch * steps + last) % 9 == 0 or last == steps
     ]
-    assert [e["epoch"] for e in of_kind["train"]] == epochs
-    counts = [end % every or every for end in ends]
+    keys = {"event", "epoch", "global_step", "loss", "samples_per_s", "losses"}
+    ends = [epoch * steps + last for epoch, last in due]
+    assert [e["global_step"] for e in of_kind["train"]] == ends
+    assert [e["epoch"] for e in of_kind["train"]] == [epoch for epoch, _ in due]
+    counts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     for event, count in zip(of_kind["train"], counts, strict=True):
         assert event.keys() == keys and len(event["losses"]) == count
         assert event["loss"] == pytest.approx(sum(event["losses"]) / count)
@@ -177,6 +194,10 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         "run": f"cnn-{data}",
         "precision": "float32",
         "seed": 5,
+        "flags": {
+            **{"batch_size": batch, "epochs": 2, "lr": 0.002, "schedule": "constant"},
+            **({"accumulate": parts, "clip_norm": None} if parts > 1 else {}),
+        },
     }
     (group,) = state["optimizer"]["param_groups"]
     assert group["lr"] == 0.002 and group["fused"] is False
@@ -201,7 +222,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     last = of_kind["eval"][-1]
     end = {"event": "end", "global_step": 2 * steps, "samples_per_s": 0, "seconds": 0.0}
     assert again == [begins, last, end]
-    assert not [*(tmp_path / "s").glob(".*")]  # nothing unfinished, nor a mark of the ranks
+    assert left_over(tmp_path / "s") == []  # nor a mark of the ranks
 
 
 def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
@@ -228,3 +249,86 @@ def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
     lines = [line.rpartition("\r")[2] for line in text.strip().split("\r\n")]
     assert not [line for line in lines if "%|" in line]  # a line that stays is one that was said
     assert re.fullmatch(r"done: 192 samples in [\d.]+ s of training, [\d,]+ samples/s", lines[-1])
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_full_disk_for_metrics_stops_all_after_a_save(tmp_path, step):
+    """One line, and nothing that was trained is lost."""
+    ranks = 1 if step == "01" else 3
+    flags = ["--num-samples=480", "--batch-size=4", "--epochs=100", "--use-gpu=0", "--metrics=/dev/full"]
+    status, out, err = finish(start([*command(step, ranks), *flags, "--snapshot-dir=s"], tmp_path))
+    print(status, out, err)
+    step_saved = max(saved(tmp_path / "s"))
+    said = f"error: cannot write /dev/full: No space left on device; saved at step {step_saved}: "
+    assert f"{said}run the same command again to resume" in errors(err)
+    assert status == (1 if step > "02" else 2)
+
+
+def test_half_a_line_of_metrics_spoils_no_other(tmp_path):
+    """As a full disk may leave it, in the middle of a number."""
+    (tmp_path / "m").write_text('{"event": "train", "loss": 2.3')
+    flags = ["--num-samples=24", "--batch-size=12", "--epochs=1", "--use-gpu=0", "--metrics=m"]
+    status, out, err = finish(start([*command("01", 1), *flags], tmp_path))
+    assert status == 0, out + err
+    _, *lines = (tmp_path / "m").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["start", "train", "eval", "end"]
+
+
+@pytest.mark.root
+def test_without_room_for_traces_training_continues(tmp_path):
+    small = "mkdir traces && mount -t tmpfs -o size=8k none traces"
+    words = [*command("03", 2), "--num-samples=96", "--batch-size=4", "--epochs=1", "--use-gpu=0"]
+    script = f'{small} && "$@" --profile=traces && ls -A traces'
+    process = start(["unshare", "--mount", "bash", "-c", script, "bash", *words], tmp_path)
+    status, out, err = finish(process)
+    print(status, out, err)
+    for rank in range(2):
+        path = f"traces/03_multigpu_torchrun-rank-{rank}.json"
+        assert f"warning: rank {rank} cannot write {path}: there is no trace of it\n" in err
+    assert status == 0 and re.search(r"\ndone: .*\n$", out)  # ls has found nothing half written
+
+
+@pytest.mark.parametrize("step", ["01", "03", "05"])
+def test_where_nobody_can_read_the_lines_training_goes_on(tmp_path, step):
+    """A log on a full disk; and the metrics, elsewhere, have all."""
+    flags = [
+        "--num-samples=96",
+        "--batch-size=4",
+        "--epochs=2",
+        "--use-gpu=0",
+        "--metrics=m",
+        "--snapshot-dir=s",
+    ]
+    words = [*command(step, ranks_of(step)), *flags]
+    process = start(["sh", "-c", 'exec "$@" > /dev/full', "sh", *words], tmp_path)
+    status, _, err = finish(process)
+    print(status, err)
+    assert status == 0 and "Traceback" not in err
+    assert "warning: cannot write to standard output: No space left on device" in err
+    assert json.loads((tmp_path / "m").read_text().splitlines()[-1])["event"] == "end"
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_loss_that_is_not_finite_stops_all_and_nothing_more_is_saved(tmp_path, step):
+    """From the fifth step on, by a learning rate with which AdamW moves each weight by 1e30."""
+    ranks = 1 if step == "01" else 3
+    takes = "        self.optimizer.step()\n"
+    explodes = (
+        "        if self.global_step == 5:\n"
+        "            for group in self.optimizer.param_groups:\n"
+        "                group['lr'] = 1e30\n"
+    )
+    root = planted(tmp_path / "root", step, (takes, explodes + takes))
+    flags = ["--num-samples=480", "--batch-size=4", "--epochs=100", "--use-gpu=0", "--metrics=m"]
+    flags += ["--save-every=4", "--snapshot-dir=s"]
+    status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path))
+    print(status, out, err)
+    assert status == (1 if step > "02" else 2)
+    assert re.search(
+        r"^error: the loss is (nan|inf) by step 8: nothing more is saved; try a smaller --lr,", err, re.M
+    )
+    assert saved(tmp_path / "s") == [4]
+    text = (tmp_path / "m").read_text()
+    assert "NaN" not in text and "Infinity" not in text

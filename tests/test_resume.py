@@ -15,19 +15,24 @@ from helpers import (
     GROWN,
     ROOT,
     SHARDED,
+    after_a_step,
+    children,
     command,
     disagreements,
     errors,
     finish,
     kill,
     largest_difference,
+    last_saved,
     newest,
     pause,
     planted,
     ranks_of,
+    saved,
     start,
     train,
     wait_for_step,
+    wait_until,
 )
 
 from common.snapshot import snapshots, step_of
@@ -132,6 +137,29 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
     print(out, err)
     assert status == 0 and "nothing left to train: raise --epochs, or choose another --snapshot-dir" in out
     assert before == {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_finished_run_of_one_step_is_evaluated_again(tmp_path, step):
+    """It may have ended before its evaluation; after a single step, too."""
+    flags = ["--num-samples=12", f"--batch-size={12 // ranks_of(step)}", "--epochs=1"]
+    for times in (1, 2):
+        run = train(step, ranks_of(step), tmp_path, *flags)
+        assert [event["global_step"] for event in run.events if event["event"] == "eval"] == times * [1]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_resumed_optimizer_computes_as_it_was_built(tmp_path, step):
+    """A snapshot may be of a GPU, whose optimizer has another way that a CPU may not have."""
+    says = after_a_step("print('foreach', self.optimizer.param_groups[0]['foreach'])")
+    flags = ["--num-samples=12", f"--batch-size={12 // ranks_of(step)}"]
+    for epochs, foreach in ((1, False), (2, True)):
+        built = ('fused=device.type != "cpu")', f"foreach={foreach})")
+        root = planted(tmp_path / f"root {epochs}", step, built, says)
+        run = train(step, ranks_of(step), tmp_path, *flags, f"--epochs={epochs}", root=root)
+    assert "foreach True\n" in run.out and "foreach False\n" not in run.out
 
 
 @pytest.mark.few(1)
@@ -321,3 +349,54 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
     assert "resumed from snapshots: epoch 1, step 30\n" in out
     weights = newest(tmp_path / "snapshots")["model"]
     assert largest_difference(weights, whole["03"].weights) == 0.0
+
+
+@pytest.mark.parametrize("step", ["01", "02", "03", "04", "05"])
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
+    """While the first one runs; and one that was killed leaves nothing locked."""
+    ranks = 1 if step == "01" else 3
+    shared = ["--num-samples=96", "--batch-size=4", "--use-gpu=0", "--snapshot-dir=s"]
+    endless = start([*command(step, ranks), *shared, "--epochs=9999", "--save-every=1"], tmp_path)
+    try:
+        wait_until(lambda: len(saved(tmp_path / "s")) > 1, "a snapshot")
+        root = planted(
+            tmp_path / "root", "common/snapshot.py", ("FOR_THE_LAST_RUN = 20.0", "FOR_THE_LAST_RUN = 0.5"),
+            steps=(step,),
+        )  # fmt: skip
+        status, _, err = finish(start([*command(step, ranks, root), *shared, "--epochs=1"], tmp_path))
+        print(status, err)
+        assert errors(err) == ["error: another run saves to s: wait for it, or choose another --snapshot-dir"]
+        assert status == (1 if step > "02" else 2) and endless.poll() is None
+    finally:
+        kill([endless.pid, *children(endless.pid)])
+        finish(endless)
+    last = last_saved(tmp_path / "s")
+    flags = [*shared[:-1], "--snapshot-dir=s", f"--epochs={last // (96 // 4 // ranks) + 1}"]
+    status, out, err = finish(start([*command(step, ranks), *flags], tmp_path))
+    print(status, out, err)
+    assert status == 0 and "resumed from s" in out
+
+
+@pytest.mark.parametrize("step", ["01", "03", "04", "05"])
+def test_flags_that_differ_from_the_snapshots_are_told(tmp_path, step):
+    """A smaller learning rate and more epochs may be meant; another schedule hardly."""
+    flags = ["--num-samples=96", "--batch-size=4"]
+    ranks = 1 if step == "01" else 3
+    train(step, ranks, tmp_path, *flags, "--epochs=1")
+    run = train(step, ranks, tmp_path, *flags, "--epochs=2", "--lr=0.01")
+    steps = 96 // 4 // ranks
+    path = f"snapshots/snapshot-{steps:08d}{'' if step == '05' else '.pt'}"
+    told = [line for line in run.err.splitlines() if line.startswith("warning: --")]
+    assert told == [
+        f"warning: --epochs is 2, and was 1 in {path}",
+        f"warning: --lr is 0.01, and was 0.001 in {path}",
+    ]
+    words = [*command(step, ranks), *flags, "--use-gpu=0", "--snapshot-dir=snapshots", "--epochs=3"]
+    words += ["--lr=0.01", "--schedule=one-cycle"]
+    status, _, err = finish(start(words, tmp_path))
+    print(status, err)
+    path = path.replace(f"{steps:08d}", f"{2 * steps:08d}")
+    changed = f"--epochs is 3, and was 2; --schedule is one-cycle, and was constant in {path}"
+    assert errors(err) == [f"error: {changed}: use the same, or --allow-changes, or another --snapshot-dir"]
+    status, out, err = finish(start([*words, "--allow-changes"], tmp_path))
+    assert status == 0 and f"warning: --schedule is one-cycle, and was constant in {path}" in err, out + err

@@ -137,6 +137,60 @@ def test_an_optimizer_of_ones_own_stays_as_it_was_built(tmp_path, step):
         assert (second["lr"], second["betas"], second["weight_decay"]) == (1e-4, (0.9, 0.95), 0.0)
 
 
+SCHEDULERS = {
+    "StepLR": "torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5)",
+    "LambdaLR": "torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))",
+}
+
+
+def with_scheduler(root, step, scheduler):
+    """A step in which one of torch's schedulers takes the place of ours, as the page says, and two groups."""
+    edits = [
+        ("Schedule(optimizer, args.schedule)", scheduler),
+        ("        self.schedule.set_progress((self.epoch + seen) / self.args.epochs)\n", ""),
+        ("        self.optimizer.step()\n", "        self.optimizer.step()\n        self.schedule.step()\n"),
+        (
+            '            "epoch": self.epoch,\n',
+            '            "epoch": self.epoch,\n            "schedule": self.schedule.state_dict(),\n',
+        ),
+        (
+            "        self.schedule.reset()  # to the learning rates of this run's flags\n",
+            '        self.schedule.load_state_dict(state["schedule"])\n',
+        ),
+        (BUILT, OWN.replace('"lr": 1e-4', '"lr": 1e-6')),
+        after_a_step("self.report.say(f'rates {[group[\"lr\"] for group in self.optimizer.param_groups]}')"),
+    ]
+    return planted(root, step, *edits)
+
+
+def said_rates(run):
+    """The learning rates of both groups after each step."""
+    return [
+        tuple(map(float, line[7:-1].split(", ")))
+        for line in run.out.splitlines()
+        if line.startswith("rates ")
+    ]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("step", ["01", "03", SHARDED])
+def test_a_scheduler_of_torchs_takes_the_place_of_ours(tmp_path, step, name):
+    """With two groups, one of which starts at 1e-6; resumed, it continues to the last bit."""
+    ranks = ranks_of(step)
+    flags = ["--num-samples=48", f"--batch-size={12 // ranks}", "--precision=float64"]
+    root = with_scheduler(tmp_path / "root", step, SCHEDULERS[name])
+    whole = train(step, ranks, tmp_path / "whole", *flags, "--epochs=4", root=root)
+    train(step, ranks, tmp_path / "resumed", *flags, "--epochs=2", root=root)
+    resumed = train(step, ranks, tmp_path / "resumed", *flags, "--epochs=4", root=root)
+    factor = {"StepLR": lambda step: 0.5 ** (step // 3), "LambdaLR": lambda step: 1 / (1 + step)}[name]
+    steps = len(said_rates(whole))
+    expected = [pytest.approx((1e-2 * factor(step), 1e-6 * factor(step))) for step in range(1, steps + 1)]
+    assert steps >= 12 and said_rates(whole) == expected
+    assert said_rates(resumed) == said_rates(whole)[-len(said_rates(resumed)) :]
+    assert largest_difference(resumed.weights, whole.weights) == 0.0
+
+
 CASES = [(step, ranks) for step in GROWN for ranks in (2, 4)] + [("03", 3)]
 QUICK = [("02", 2), ("03", 3), (SHARDED, 4)]
 
@@ -195,7 +249,9 @@ def test_a_resume_may_leave_it(once, tmp_path):
     [group] = first.state["optimizer"]["param_groups"]
     assert 0 < group["lr"] < 1e-3
     shutil.copytree(first.snapshot_dir, tmp_path / "snapshots")
-    run = train("01", 1, tmp_path, *FLAGS, "--epochs=2", "--batch-size=12", "--schedule=constant")
+    run = train(
+        "01", 1, tmp_path, *FLAGS, "--epochs=2", "--batch-size=12", "--schedule=constant", "--allow-changes"
+    )
     [group] = run.state["optimizer"]["param_groups"]
     assert len(run.losses) == 19
     assert group["lr"] == 0.01

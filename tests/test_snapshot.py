@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 
 import sharded as shards
 from common import snapshot
+from common.reporting import Reporter
 from common.run import Run
 
 RUN = Run("01_single_gpu", "cnn", "mnist", "float32", 0)
@@ -98,6 +99,12 @@ def test_the_newest_comes_back_and_three_are_kept(folder):
     assert names == ["snapshot-100000000.pt", "snapshot-99999999.pt", "snapshot-00000030.pt"]
     loaded = load_newest(folder)
     assert torch.equal(loaded["model"]["w"], state(100_000_000)["model"]["w"])
+
+
+def test_unless_asked_it_says_nothing(tmp_path, capsys):
+    snapshot.SnapshotFolder(tmp_path, RUN).save(state(10))
+    Reporter(RUN, torch.device("cpu")).detail("what only --verbose shows")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_newest_of_the_other_kind_counts(folder, capsys):
@@ -242,7 +249,8 @@ def test_when_no_good_one_is_left_they_are_kept(sharded, capsys, request):
         assert spoil(path / shards.STATE if sharded else path, rng)
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     line = failure(capsys, folder, sharded=sharded)
-    assert line.count(" is damaged (") == 3 and "no snapshot is left, delete" in line
+    assert line.count(" is damaged (") == 3 and "no good snapshot is left; to start again, move" in line
+    (folder / ".lock").unlink()
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
@@ -276,7 +284,7 @@ def test_when_all_are_damaged_it_stops_and_keeps_them(folder, capsys):
     paths = snapshot.snapshots(folder)
     for path in paths:
         damage("truncated", path)
-    assert "no snapshot is left" in failure(capsys, folder)
+    assert "no good snapshot is left" in failure(capsys, folder)
     assert snapshot.snapshots(folder) == paths
 
 

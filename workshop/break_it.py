@@ -4,7 +4,7 @@
     python workshop/break_it.py 07                show the change of card 07, run it, show what comes
     python workshop/break_it.py 07 --unbroken     the same commands, without the change
     python workshop/break_it.py 07 --diagnose     the change again, with the tools that find the reason
-    python workshop/break_it.py 07 --into DIR     leave the broken copy in DIR, to mend it there
+    python workshop/break_it.py 07 --into DIR     leave the broken copy in DIR, to fix it there
 
 Nothing in the project is changed: each run has a copy of it, which is gone afterwards. The pages of the cards
 are in workshop/break_it. Exit status: 0 when the commands have run, however they ended, 2 when the question
