@@ -494,19 +494,21 @@ def write(path: Path, text: str) -> None:
 
 
 @functools.cache
-def excuses_given() -> list[dict[str, str]]:
+def excuses_given() -> list[dict[str, Any]]:
     return list(tomllib.loads(HARMLESS.read_text())["harmless"])
+
+
+def excuse(mutant: Mutant) -> dict[str, Any]:
+    """The entry of harmless.toml that says why nobody needs to notice this mutant; or an empty one."""
+    return next((entry for entry in excuses_given() if excuses(entry, mutant)), {})
 
 
 def reason(mutant: Mutant) -> str:
     """Why nobody needs to notice this mutant, as harmless.toml has it; or nothing."""
-    for entry in excuses_given():
-        if excuses(entry, mutant):
-            return str(entry["why"])
-    return ""
+    return str(excuse(mutant).get("why", ""))
 
 
-def excuses(entry: dict[str, str], mutant: Mutant) -> bool:
+def excuses(entry: dict[str, Any], mutant: Mutant) -> bool:
     parts = (
         *(("file", mutant.file), ("kind", mutant.kind), ("scope", mutant.scope), ("was", mutant.was)),
         ("number", str(mutant.number)),
@@ -607,7 +609,7 @@ to it until one fails ([tests/mutants.py](../tests/mutants.py) says which places
 this page; [tests/mutants.jsonl](../tests/mutants.jsonl) names for each mutant the test that catches it.
 Known are those that were tried since their line was last changed, and those that
 [harmless.toml](../tests/harmless.toml) excuses: most of these were not tried, and do not count as caught.
-The score is of those that are known.
+The score is of those that are known. The last line leaves out those that only a machine with a GPU can show.
 """
 
 
@@ -618,6 +620,11 @@ def report(everything: list[Mutant], results: dict[tuple[Any, ...], str]) -> str
     for kind in dict.fromkeys(mutant.kind for mutant in everything):
         groups[f"kind: {kind}"] = [mutant for mutant in everything if mutant.kind == kind]
     groups["scripts and `common`"] = [mutant for mutant in everything if mutant.file in PYTHON]
+    groups["of these, what a CPU can show"] = [
+        mutant
+        for mutant in groups["scripts and `common`"]
+        if results.get(mutant.key) or not excuse(mutant).get("gpu")
+    ]
     for name, mutants in groups.items():
         tried = [results[mutant.key] for mutant in mutants if mutant.key in results]
         caught = sum(map(bool, tried))

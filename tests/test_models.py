@@ -103,6 +103,10 @@ def test_max_pooling_before_relu_changes_nothing():
     assert max(off.values()) < 1e-12
 
 
+def test_a_model_is_float32_unless_asked_for_another():
+    assert {parameter.dtype for parameter in build_model("cnn").parameters()} == {torch.float32}
+
+
 def test_a_run_is_named_after_its_model_and_its_size():
     assert [name_of(build(name)) for name in MODELS] == ["cnn", "resnet18", "vit-64x4"]
     assert name_of(build_model("vit", vit_width=128, vit_depth=2)) == "vit-128x2"

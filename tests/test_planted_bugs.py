@@ -18,6 +18,8 @@ from helpers import (
     NORMED,
     PROOF,
     SHARDED,
+    after_a_step,
+    command,
     disagreements,
     finish,
     load,
@@ -91,25 +93,32 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
-    """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's."""
+    """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's.
+
+    Also between two saves, where a script of the reader's own may evaluate.
+    """
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
+    planted(root, step, after_a_step("if self.global_step == 14: self.evaluate(); self.model.train()"))
     if bug:
         planted(root, step, ("dist.broadcast(buffer, src=0)", "pass"))
     flags = ["--num-samples=64", "--epochs=4", "--batch-size=8", "--lr=0.01", "--precision=float64"]
-    run = train(step, 2, tmp_path / "run", *flags, root=root)
+    run = train(step, 2, tmp_path / "run", *flags, "--save-every=14", root=root)
     model = load(root / "common" / "models.py").build_model("cnn", "float64")
-    path = snapshots(run.snapshot_dir, step == SHARDED)[0]
-    if step == SHARDED:  # by the convert.py that knows this model
-        words = [sys.executable, str(root / FOLDERS[step] / "convert.py"), str(path)]
-        assert finish(start(words, tmp_path))[0] == 0
-        path = path.with_suffix(".pt")
-    model.load_state_dict(snapshot.read(path)[0]["model"])
+    tested = {event["global_step"]: event["loss"] for event in run.events if event["event"] == "eval"}
     _, test = load_mnist(Path("unused"), 64)
-    with torch.no_grad():
-        loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
-    difference = abs(loss - run.test["loss"])
-    print(f"test loss of the run {run.test['loss']}, of what it saved {loss}, with the bug: {bug}")
-    assert (difference > 1e-6) if bug else (difference < 1e-10)
+    for path in snapshots(run.snapshot_dir, step == SHARDED)[:2]:
+        at = snapshot.step_of(path)
+        if step == SHARDED:  # by the convert.py that knows this model
+            words = [sys.executable, str(root / FOLDERS[step] / "convert.py"), str(path)]
+            assert finish(start(words, tmp_path))[0] == 0
+            path = path.with_suffix(".pt")
+        model.load_state_dict(snapshot.read(path)[0]["model"])
+        with torch.no_grad():
+            loss = F.cross_entropy(model.eval()(test.images), test.labels).item()
+        print(f"step {at}: test loss of the run {tested[at]}, of what it saved {loss}, with the bug: {bug}")
+        difference = abs(loss - tested[at])
+        assert (difference > 1e-6) if bug else (difference < 1e-10)
+    assert tested.keys() == {4, 8, 12, 14, 16}
 
 
 ARRANGES = "        fix_bucket_order(self.model, self.loss, self.autocast, self.train_loader, self.device)\n"
@@ -148,14 +157,43 @@ def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("step", FOLDERS)
-def test_a_step_in_which_nothing_counts_leaves_the_weights_whole(tmp_path, step):
-    """As when all of a batch is padding: 0 / 0 would be in every weight, and in the next snapshot."""
+def test_a_step_in_which_nothing_counts_leaves_the_weights_whole(tmp_path, step, count):
+    """As when all of a batch is padding: 0 / 0 would be in every weight, and in the next snapshot.
+
+    Or when rank 0 alone has a target, a single one: the loss is its loss.
+    """
+    mine = "1" if step == "01" else "int(self.rank == 0)"
     root = planted(
         tmp_path / "root",
         step,
-        ("return labels.numel()", "return 0"),
-        ('reduction="sum")', 'reduction="sum") * 0'),
+        ("return labels.numel()", f"return {count} * {mine}"),
+        ('reduction="sum")', f'reduction="none")[: {count} * {mine}].sum()'),
     )
     run = train(step, ranks_of(step), tmp_path, "--num-samples=24", "--batch-size=6", "--epochs=1", root=root)
     assert all(weights.isfinite().all() for weights in run.weights.values())
+    assert run.losses[0] == pytest.approx(2.3 * count, abs=0.5)  # of ten classes, log 10
+
+
+LEAVES = """        try:
+            with keep_alive():
+                if self.rank == 1:
+                    os._exit(3)
+                time.sleep(1)
+        except RuntimeError:
+            print('rank 0 is told', flush=True)
+            os._exit(4)
+"""
+
+
+def test_a_rank_that_ends_while_another_saves_is_noticed(tmp_path):
+    """And not by the next collective, which may be one that has no timeout."""
+    saves = "        with keep_alive():  # a save may take longer than a collective may\n"
+    root = planted(
+        tmp_path / "root", "03", (saves, LEAVES + saves), ("import sys\n", "import sys\nimport time\n")
+    )
+    words = [*command("03", 2, root), "--num-samples=24", "--batch-size=6", "--epochs=1", "--use-gpu=0"]
+    status, out, err = finish(start(words, tmp_path))
+    print(status, out, err)
+    assert status == 1 and "rank 0 is told\n" in out

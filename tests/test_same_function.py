@@ -95,6 +95,23 @@ def test_the_ranks_batches_together_are_the_batches_of_step_01(tmp_path, step, r
     assert len(parts) == ranks and len(one) == 2 * (451 // 84)
     assert together == [sorted(batch) for batch in one]
     assert one[0] != one[5], "the second epoch has the order of the first"
+    # Rank r of n reads images r, r + n, r + 2n … of the test set, and one of the first where none is left.
+    images = [*range(75), *range(-75 % ranks)]
+    read = [[*itertools.chain(*batches)] for batches in drawn(tmp_path / f"run {step}", 75)]
+    assert sorted(read) == [2 * images[rank::ranks] for rank in range(ranks)]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", GROWN)
+def test_the_number_of_targets_is_exact_however_large(tmp_path, step):
+    """float32 would round what three ranks count, 50,331,663, to 50,331,664."""
+    losses = []
+    for name, ranks in (("01", 1), (step, 3)):
+        count = "return labels.numel()"
+        root = planted(tmp_path / f"root {name}", name, (count, f"{count} + {3 // ranks * (2**24 + 1)}"))
+        flags = ["--num-samples=24", "--epochs=1", "--precision=float64", f"--batch-size={12 // ranks}"]
+        losses.append(train(name, ranks, tmp_path / name, *flags, root=root).losses)
+    assert torch.allclose(*losses, rtol=1e-10, atol=0)  # the mistake would be 2e-8
 
 
 def test_the_scripts_are_these():
