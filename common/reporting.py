@@ -79,7 +79,7 @@ class Reporter:
             f"{self.world_size} × {batches} = {self.samples_per_step} samples a step, "
             f"{epochs} epochs of {self.steps_per_epoch} steps"
         )
-        local_rank = os.environ["LOCAL_RANK"]  # set by setup_device
+        local_rank = os.environ.get("LOCAL_RANK", 0)
         node = os.environ.get("GROUP_RANK", 0)
         self.detail(
             f"local rank {local_rank}, world size {self.world_size}, device {self.device}, "
