@@ -77,8 +77,7 @@ class Trainer:
         )
         sampler = DistributedSampler(test_data, shuffle=False)
         self.test_loader = DataLoader(test_data, args.eval_batch_size, sampler=sampler, **options)
-        use_bf16 = args.precision == "bf16"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
         self.samples_seen = 0  # in this epoch
@@ -103,20 +102,18 @@ class Trainer:
         self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        batches = self.stop.batches(self.train_loader)
-        steps = group_batches(batches, self.args.accumulate)
+        steps = group_batches(self.stop.batches(self.train_loader), self.args.accumulate)
         for micro_batches in self.report.progress(steps, self.epoch, self.samples_seen):
             losses.append(self.run_batch(micro_batches))
             self.samples_seen += self.args.batch_size * self.args.accumulate * self.world_size
             self.global_step += 1
             stopping = self.stop.requested()
-            saving = stopping or self.report.save_is_due(self.args.save_every, self.global_step)
-            if saving or self.report.is_due():
+            if stopping or self.report.is_due(self.global_step):
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if saving:
+            if stopping or self.report.save_is_due(self.global_step):
                 self.save_snapshot()
             if stopping:
                 self.stop.exit(self.report, self.global_step)

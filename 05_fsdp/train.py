@@ -142,21 +142,19 @@ class Trainer:
         self.sampler.set_epoch(self.epoch, start=self.samples_seen // self.world_size)
         losses = []
         self.model.train()
-        batches = self.stop.batches(self.train_loader)
-        steps = group_batches(batches, self.args.accumulate)
+        steps = group_batches(self.stop.batches(self.train_loader), self.args.accumulate)
         for micro_batches in self.report.progress(steps, self.epoch, self.samples_seen):
             losses.append(self.run_batch(micro_batches))
             self.memory.after_step()
             self.samples_seen += self.args.batch_size * self.args.accumulate * self.world_size
             self.global_step += 1
             stopping = self.stop.requested()
-            saving = stopping or self.report.save_is_due(self.args.save_every, self.global_step)
-            if saving or self.report.is_due():
+            if stopping or self.report.is_due(self.global_step):
                 means = torch.stack(losses) / self.world_size
                 dist.all_reduce(means)  # each rank has seen its own part of the batches only
                 self.report.train(self.epoch, self.global_step, means.tolist())
                 losses = []
-            if saving:
+            if stopping or self.report.save_is_due(self.global_step):
                 self.save_snapshot()
             if stopping:
                 self.saver.wait()

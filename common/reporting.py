@@ -64,6 +64,7 @@ class Reporter:
         """
         self.epochs = epochs
         self.caveat = getattr(data, "fallback", "")
+        self.save_every = flags["save_every"]
         self.samples_per_step = batch_size * accumulate * self.world_size
         self.samples_per_epoch = len(data)
         self.steps_per_epoch = self.samples_per_epoch // self.samples_per_step
@@ -179,15 +180,19 @@ class Reporter:
             )
             self.trace.with_name(f"{self.trace.name}.tmp").unlink(missing_ok=True)
 
-    def is_due(self) -> bool:
-        """Whether the step of the batch that `progress` has just given is to be reported, or is the last."""
-        return self.step % LOG_EVERY == 0 or self.step == self.steps_left
+    def is_due(self, global_step: int) -> bool:
+        """Whether to report the step of the batch that `progress` has just given: one in LOG_EVERY, the last
+        of an epoch, and one that is saved, because a loss that is not finite must not be.
+        """
+        if self.step % LOG_EVERY == 0 or self.step == self.steps_left:
+            return True
+        return self.save_is_due(global_step)
 
-    def save_is_due(self, every: int | None, global_step: int) -> bool:
-        """Whether to save after this step: one in `every`, but not an epoch's last, which is saved anyway."""
-        if every is None or self.step == self.steps_left:
+    def save_is_due(self, global_step: int) -> bool:
+        """Whether to save after this step: one in --save-every, but not an epoch's last, saved anyway."""
+        if self.save_every is None or self.step == self.steps_left:
             return False
-        return global_step % every == 0
+        return global_step % self.save_every == 0
 
     def train(self, epoch: int, global_step: int, losses: list[float]) -> None:
         """Report the steps since the last call. `losses` are theirs, each a mean over all ranks' targets."""

@@ -304,7 +304,7 @@ def test_nothing_in_the_loop_waits_for_the_gpu(tmp_path):
     torch.cuda.set_sync_debug_mode sees what waits in torch's operators; with an .item() planted it does.
     """
     step_begins = "            losses.append(self.run_batch("
-    due = "            if stopping or self.report.is_due():\n"
+    due = "            if stopping or self.report.is_due(self.global_step):\n"
     guards = [
         (step_begins, f"            {SYNC}('error' if self.global_step > 1 else 'default')\n{step_begins}"),
         (due, f"{due}                {SYNC}('default')\n"),

@@ -294,6 +294,17 @@ def test_a_worker_that_dies_ends_training_in_one_line(tmp_path, step):
     assert step == "03" or "Traceback" not in err
 
 
+def test_a_mark_that_a_killed_run_has_left_is_deleted(tmp_path):
+    """And not one that may be another run's, which starts at the same time."""
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    for name, age in ((".mark-old", 2 * 3600), (".mark-new", 0)):
+        (folder / name).touch()
+        os.utime(folder / name, times=(time.time() - age,) * 2)
+    train("04", 3, tmp_path, "--num-samples=24", "--batch-size=4", "--epochs=1")
+    assert left_over(folder) == [".mark-new"]
+
+
 @pytest.mark.parametrize(
     "raised", ["RuntimeError('planted')", "FileNotFoundError(2, 'planted', 'a picture')"]
 )
