@@ -39,7 +39,7 @@ class Digits(TensorDataset):
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, ...]:
         """The batch (B, 28, 28), (B,) at `indices`: DataLoader calls this once instead of B times `[]`."""
-        return self[torch.tensor(indices, dtype=torch.int64)]
+        return self[torch.tensor(indices)]
 
     def checksum(self) -> str:
         """Name and CRC-32 of the content, to compare nodes by."""

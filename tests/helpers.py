@@ -295,7 +295,7 @@ NORMED = (RELU, "nn.Sequential(nn.BatchNorm2d(32), nn.ReLU()),\n        nn.Flatt
 
 def traced(root: Path) -> Path:
     """Let the data in `root` write down each batch that it hands out; `drawn` reads that."""
-    draws = "return self[torch.tensor(indices, dtype=torch.int64)]"
+    draws = "return self[torch.tensor(indices)]"
     writes = "print('drew', len(self), *indices, file=open(f'drawn-{os.getpid()}', 'a'))"
     return planted(root, "common/mnist.py", (draws, f"{writes}\n        {draws}"))
 

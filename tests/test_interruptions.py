@@ -311,7 +311,7 @@ def test_a_mark_that_a_killed_run_has_left_is_deleted(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_data_is_shown_as_it_is(tmp_path, raised, workers):
     """Whatever its kind: it is not that of a worker that has died."""
-    draws = "        return self[torch.tensor(indices, dtype=torch.int64)]"
+    draws = "        return self[torch.tensor(indices)]"
     root = planted(tmp_path / "root", "common/mnist.py", (draws, f"        raise {raised}"), steps=("01",))
     status, _, err = finish(start([*command("01", 1, root), *FOREVER, f"--num-workers={workers}"], tmp_path))
     print(err)
