@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from common import snapshot
 from common.options import fail
-from common.output import may_go_away
+from common.output import print_line
 from common.process_group import gather_objects, keep_alive
 
 STATE = "state.pt"  # all that is not a shard, the layout of the shards, and their checksums
@@ -349,8 +349,7 @@ class Saver:
                     path = commit(folder, writer.layout(), dict(ChainMap(*checksums)), state)
                     delete_old(folder)
                     if self.snapshots.verbose:
-                        with may_go_away(sys.stdout):
-                            print(f"[rank 0] saved {path}")
+                        print_line(f"[rank 0] saved {path}", sys.stdout)
         except dcp.CheckpointException as error:  # the same on all ranks
             reason = f"rank {min(error.failures)} cannot write its shards: {reason_of(error)}"
             problem = f"{reason}{free_on(folder)}; {snapshot.REMEDY}"

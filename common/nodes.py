@@ -71,7 +71,7 @@ def ranks_sharing(folder: Path) -> list[int]:
     marks = gather_objects(mark.name)
     ranks = [rank for rank, name in enumerate(marks) if (folder / name).exists()]
     dist.barrier()  # the marks stay until all ranks have looked
-    mark.unlink(missing_ok=True)
+    mark.unlink()
     return ranks
 
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from common.output import may_go_away
+from common.output import print_line
 
 
 def fail(message: str) -> NoReturn:
@@ -29,8 +29,7 @@ def fail(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(2))
         time.sleep(10)
-    with may_go_away(sys.stderr):
-        print(f"error: {message}", file=sys.stderr)
+    print_line(f"error: {message}", sys.stderr)
     sys.exit(2)
 
 
@@ -54,8 +53,7 @@ def tell_torchrun(message: str) -> None:
 def warn(message: str) -> None:
     """Print `warning: message`, on local rank 0 only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with may_go_away(sys.stderr):
-            print(f"warning: {message}", file=sys.stderr)
+        print_line(f"warning: {message}", sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -22,9 +22,11 @@ def may_go_away(stream: TextIO) -> Iterator[None]:
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
         if stream is sys.stdout:
-            with may_go_away(sys.stderr):
-                reason = error.strerror
-                print(
-                    f"warning: cannot write to standard output: {reason}; nothing more is printed there",
-                    file=sys.stderr,
-                )
+            reason = f"cannot write to standard output: {error.strerror}"
+            print_line(f"warning: {reason}; nothing more is printed there", sys.stderr)
+
+
+def print_line(line: str, stream: TextIO) -> None:
+    """Print `line` to sys.stdout or sys.stderr, which may go away."""
+    with may_go_away(stream):
+        print(line, file=stream)

@@ -87,7 +87,7 @@ def keep_alive(group: Any = None) -> Iterator[None]:
         except RuntimeError as error:  # a lost connection, or a timeout
             problems.append(error)
 
-    thread = threading.Thread(target=beat, name="keep_alive", daemon=True)
+    thread = threading.Thread(target=beat)
     thread.start()
     try:
         yield

@@ -18,7 +18,7 @@ from torch.profiler import profile, schedule
 from tqdm import tqdm
 
 from common.options import fail, warn
-from common.output import may_go_away
+from common.output import may_go_away, print_line
 from common.run import Run
 from common.stopping import GracefulStop, ask_to_stop
 
@@ -174,10 +174,8 @@ class Reporter:
         """Write this rank's trace. If that fails, the run continues without."""
         profiler.export_chrome_trace(str(self.trace))
         if not self.trace.exists():  # torch has printed why, and raises nothing
-            print(
-                f"warning: rank {self.rank} cannot write {self.trace}: there is no trace of it",
-                file=sys.stderr,
-            )
+            warning = f"warning: rank {self.rank} cannot write {self.trace}: there is no trace of it"
+            print_line(warning, sys.stderr)
             self.trace.with_name(f"{self.trace.name}.tmp").unlink(missing_ok=True)
 
     def is_due(self, global_step: int) -> bool:

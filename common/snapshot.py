@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from common.loading import seed_python_and_numpy
 from common.options import fail, warn
-from common.output import may_go_away
+from common.output import print_line
 from common.process_group import gather_objects, keep_alive
 from common.reporting import Reporter
 from common.run import OFTEN_CHANGED, Run
@@ -217,8 +217,7 @@ class SnapshotFolder:
             fail(f"cannot write {path}: {error}")
         if self.verbose:
             rank = dist.get_rank() if dist.is_initialized() else 0
-            with may_go_away(sys.stdout):
-                print(f"[rank {rank}] saved {path}")
+            print_line(f"[rank {rank}] saved {path}", sys.stdout)
 
     def load_newest(self, same_on_all_ranks: bool = True) -> Any:
         """The state in the newest snapshot that is whole, tensors on the CPU; None if there is none.

@@ -40,7 +40,6 @@ class GracefulStop:
     received = 0  # the number of the last signal that this process has had
     problem = ""  # why this process asks all to stop without a signal
     waiting_since: float | None = None  # since when this process has waited for a batch
-    watching = False
 
     def __init__(self, timeout: float = 0.0):
         """From now on, a SIGTERM, Ctrl-C or SIGHUP does not end this process.
@@ -145,8 +144,6 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         return iter(loader)
     except OSError as error:
-        if loader.num_workers == 0:
-            raise
         fail(f"cannot start the processes of --num-workers {loader.num_workers}: {error.strerror}; use fewer")
 
 
@@ -172,7 +169,7 @@ def end_with_launcher() -> None:
         if GracefulStop.received == 0:  # mp.spawn's ranks have SIGINT then, and two signals are too many
             os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ask_to_stop(problem: str) -> None:
@@ -193,12 +190,10 @@ def watch_signals() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or not survives_hangup():
             signal.signal(number, note_signal)
-    if not GracefulStop.watching:
-        GracefulStop.watching = True
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # from here on, each signal writes its number
-        threading.Thread(target=watch_for_the_end, args=(reader,), daemon=True).start()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)  # from here on, each signal writes its number
+    threading.Thread(target=watch_for_the_end, args=(reader,), daemon=True).start()
 
 
 def survives_hangup() -> bool:

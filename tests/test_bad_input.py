@@ -287,6 +287,12 @@ def test_an_error_is_told_where_torchruns_file_cannot_be_written(tmp_path):
     assert status == 2 and len(errors(err)) == 1 and "Traceback" not in err, out + err
 
 
+def test_the_status_is_right_where_an_error_cannot_be_printed(tmp_path):
+    words = [sys.executable, str(ROOT / FOLDERS["01"] / "train.py"), "--epochs=0"]
+    process = start(["sh", "-c", 'exec "$@" 2> /dev/full', "sh", *words], tmp_path)
+    assert finish(process) == (2, "", "")
+
+
 @pytest.mark.parametrize("name", ["g++", "gcc", "clang"])
 def test_any_of_three_compilers_will_do(tmp_path, monkeypatch, name):
     for variable in ("CC", "CXX"):

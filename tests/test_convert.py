@@ -6,8 +6,11 @@ Promise: between step 05 and the others a run can be converted, in both directio
 import sys
 
 import pytest
-from helpers import FOLDERS, SHARDED, finish, largest_difference, planted, start, train
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import FOLDERS, ROOT, SHARDED, finish, largest_difference, load, planted, start, train
 
+import sharded
 from common import snapshot
 
 OPTIMIZER = 'torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")'
@@ -64,3 +67,37 @@ def test_an_optimizer_without_names_is_not_guessed_at(tmp_path):
     )
     assert status == 2 and said in err
     assert not path.with_suffix("").exists()
+
+
+GROUP = {"lr": 0.1, "params": [0], "param_names": ["w"]}
+REST = {"epoch": 0, "samples_seen": 0, "global_step": 7, "rng": [], "format": snapshot.FORMAT}
+
+
+def test_what_a_script_of_ones_own_saves_besides_is_converted_too(tmp_path):
+    """A moving average of the weights: it is as large as they are, so it is in shards, too."""
+    convert = load(ROOT / FOLDERS[SHARDED] / "convert.py")
+    slots = {0: {"exp_avg": torch.full((3,), 0.5)}}
+    plain = {"model": {"w": torch.ones(3)}, "ema": {"w": torch.zeros(3)}, **REST}
+    plain["optimizer"] = {"state": slots, "param_groups": [GROUP]}
+    convert.scatter(tmp_path, plain)
+    state, problem = sharded.read(tmp_path / "snapshot-00000007")
+    assert problem == "" and "ema" not in state
+    assert state["metadata"].state_dict_metadata.keys() == {"model.w", "ema.w", "optimizer.w.exp_avg"}
+    back = convert.gather(state)
+    assert back.keys() == plain.keys() and back["optimizer"]["param_groups"] == [GROUP]
+    for tensors, before in (
+        (back["model"], plain["model"]),
+        (back["ema"], plain["ema"]),
+        (back["optimizer"]["state"][0], slots[0]),
+    ):
+        assert largest_difference(tensors, before) == 0.0
+
+
+def test_a_tensor_in_no_dictionary_is_refused(tmp_path):
+    convert = load(ROOT / FOLDERS[SHARDED] / "convert.py")
+    writer = sharded.Writer(tmp_path, 7)
+    dcp.save({"model": {"w": torch.ones(3)}, "scale": torch.ones(1)}, storage_writer=writer, no_dist=True)
+    sharded.commit(tmp_path, writer.layout(), writer.checksums, {**REST, "param_groups": [GROUP]})
+    state, _ = sharded.read(tmp_path / "snapshot-00000007")
+    with pytest.raises(ValueError, match="scale is a tensor, and no dictionary of tensors"):
+        convert.gather(state)

@@ -29,6 +29,7 @@ def test_the_cores_are_those_that_the_process_may_use(tmp_path):
         # Slurm and systemd: a group in a group, each with a limit of its own
         ("0::/jobs/7/step\n", {"jobs/7/cpu.max": "400000 100000\n", "cpu.max": "max 100000\n"}, 4),
         ("0::/jobs/7\n", {"jobs/7/cpu.max": "max 100000\n", "jobs/cpu.max": "200000 50000"}, 4),
+        ("0::/jobs:7\n", {"jobs:7/cpu.max": "100000 100000\n"}, 1),
         ("0::/jobs/7\n", {"jobs/8/cpu.max": "100000 100000\n"}, math.inf),
         # Docker without a namespace for groups: the path is the host's, and the limit is at the top
         (

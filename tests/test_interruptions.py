@@ -210,6 +210,22 @@ def test_the_status_is_the_signals(tmp_path, step, number):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("step", ["02", "03"])
+def test_a_rank_that_takes_longer_to_end_is_not_said_to_lose_anything(tmp_path, step):
+    """The launcher sends it a second SIGTERM when the first rank has ended; all has been saved by then."""
+    ends = "        name = signal.Signals(self.stopping).name\n"
+    slowly = "        if dist.get_rank() == 1:\n            time.sleep(3)\n"
+    root = planted(tmp_path / "root", "common/stopping.py", (ends, slowly + ends), steps=(step,))
+    process = start([*command(step, 2, root), *FOREVER], tmp_path)
+    try:
+        wait_for_step(process, tmp_path / "snapshots")
+        process.send_signal(signal.SIGTERM)
+    finally:
+        status, out, err = finish(process)
+    print(status, out, err)
+    assert "SIGTERM: saved at step" in out and "for the second time" not in err
+
+
 STUCK = {  # in Python, which runs a handler there, and in a collective, in which it runs none
     "01": "self.global_step == 2 and (open('stuck', 'w'), sum(0 for _ in iter(int, 1)))",
     "03": "self.rank == 1 and self.global_step == 2 and (open('stuck', 'w'), time.sleep(600))",
@@ -263,7 +279,7 @@ def test_a_signal_ends_a_rank_that_waits_for_its_batch(tmp_path, step, ranks, wo
     pids = []
     try:
         wait_until(lambda: last_saved(tmp_path / "snapshots") == 7, "the snapshot of the last whole step", 60)
-        pids = [process.pid] if step == "01" else process.ranks()
+        pids = [*([process.pid] if step == "01" else []), *children(process.pid)]  # ranks and their workers
         kill(pids, signal.SIGTERM)
         wait_until(lambda: all(map(has_ended, pids)), f"the end of {pids}", 60)
     finally:

@@ -8,11 +8,11 @@ import time
 
 import pytest
 import torch
-from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, start, train
+from helpers import FOLDERS, GROWN, ROOT, command, errors, finish, load, start, train
 
 from common import device as devices
 from common.device import setup_device
-from common.options import fail, make_parser
+from common.options import check_torchrun, fail, make_parser
 from common.run import Run
 from common.snapshot import SnapshotFolder
 
@@ -150,6 +150,52 @@ def test_what_can_be_chosen_can_be_asked_for():
     for flag, values in choices.items():
         for value in values:
             assert vars(parser.parse_args([f"--{flag}={value}"]))[flag.replace("-", "_")] == value
+
+
+def test_batch_norm_needs_two_samples_and_no_more(capsys):
+    parser = make_parser(str(ROOT / FOLDERS["01"] / "train.py"), "")
+    for model, batch_size in (("resnet18", 2), ("cnn", 1)):
+        assert parser.parse_args([f"--model={model}", f"--batch-size={batch_size}"]).batch_size == batch_size
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model=resnet18", "--batch-size=1"])
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_a_snapshot_keeps_the_flags_that_change_what_is_trained(monkeypatch, step):
+    """All of a step's flags but those that only say where, how fast and how much is told."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = load(ROOT / FOLDERS[step] / "train.py").parse_args()
+    kept = Run(args.step, "cnn", "mnist", "float32", 0, vars(args)).settings()
+    own = {"accumulate", "clip_norm"} if step > "03" else set()
+    assert kept.keys() == {"epochs", "batch_size", "lr", "schedule", *own}
+
+
+@pytest.mark.parametrize(
+    ("variables", "refused"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "2"}, False),  # some schedulers set it, too
+        ({"TORCHELASTIC_RUN_ID": "x"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"}, False),
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_step_01_is_refused_where_torchrun_starts_it_more_than_once(monkeypatch, capsys, variables, refused):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["01/train.py", "--snapshot-dir=a b"])
+    if not refused:
+        check_torchrun(expected=False)
+        return
+    with pytest.raises(SystemExit):
+        check_torchrun(expected=False)
+    said = "error: this script is not for torchrun: python 01/train.py '--snapshot-dir=a b'\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("step", FOLDERS)

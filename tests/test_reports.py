@@ -12,6 +12,7 @@ import re
 import select
 import socket
 import struct
+import sys
 import termios
 import time
 
@@ -263,6 +264,25 @@ def test_a_full_disk_for_metrics_stops_all_after_a_save(tmp_path, step):
     said = f"error: cannot write /dev/full: No space left on device; saved at step {step_saved}: "
     assert f"{said}run the same command again to resume" in errors(err)
     assert status == (1 if step > "02" else 2)
+
+
+def test_the_other_nodes_say_why_they_stop(tmp_path):
+    """Rank 0 has the metrics file; each node has a screen of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--num-samples=480", "--batch-size=4", "--epochs=100", "--use-gpu=0", "--metrics=/dev/full"]
+    nodes = []
+    for number in range(2):
+        place = [f"--node-rank={number}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *place]
+        nodes.append(start([*words, command("04", 1)[-1], *flags, "--snapshot-dir=s"], tmp_path))
+    for node in nodes:
+        status, out, err = finish(node)
+        print(status, out, err)
+        [line] = errors(err)
+        assert line.startswith("error: cannot write /dev/full: No space left on device; saved at step ")
+        assert status == 1
 
 
 def test_half_a_line_of_metrics_spoils_no_other(tmp_path):

@@ -107,6 +107,63 @@ def test_unless_asked_it_says_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+FLAGS = {"epochs": 3, "lr": 0.1, "batch_size": 64, "accumulate": 1, "schedule": "constant", "my_flag": 0}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "is_common"),
+    [
+        ("epochs", 9, True),
+        ("lr", 0.5, True),
+        ("batch_size", 8, True),
+        ("accumulate", 2, True),
+        ("schedule", "one-cycle", False),
+        ("my_flag", 1, False),
+    ],
+)
+def test_a_flag_that_differs_is_told_and_stops_a_run_if_it_is_seldom_meant(
+    tmp_path, capsys, flag, value, is_common
+):
+    differs = f"--{flag.replace('_', '-')} is {value}, and was {FLAGS[flag]} in s"
+    before = {"path": "s", "flags": FLAGS}
+    now = folder_of(tmp_path, flags={**FLAGS, flag: value})
+    if is_common:
+        now.check_flags(before)
+        assert capsys.readouterr().err == f"warning: {differs}\n"
+    else:
+        with pytest.raises(SystemExit):
+            now.check_flags(before)
+        remedy = "use the same, or --allow-changes, or another --snapshot-dir"
+        assert capsys.readouterr().err == f"error: {differs}: {remedy}\n"
+    folder_of(tmp_path, flags={**FLAGS, flag: value, "allow_changes": True}).check_flags(before)
+    assert capsys.readouterr().err == f"warning: {differs}\n"
+
+
+def test_a_snapshot_without_flags_is_taken_and_one_whose_flags_are_no_dict_is_not(tmp_path, capsys):
+    """An older version, or a script of one's own, has saved none."""
+    now = folder_of(tmp_path, flags=FLAGS)
+    now.check_flags({"path": "s"})
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit):
+        now.check_flags({"path": "s", "flags": [1]})
+    assert capsys.readouterr().err == "error: s has flags that are no dict: use another --snapshot-dir\n"
+
+
+def test_a_group_of_an_optimizer_takes_all_but_its_parameters_and_its_kernels():
+    weight = torch.zeros(1)
+    kernels = {"fused": True, "foreach": None}
+    group = {"params": [weight], "param_names": ["w"], "lr": 0.1, "betas": (0.9, 0.99), **kernels}
+    saved = {"params": [0], "param_names": ["other"], "lr": 0.5, "betas": (0.8, 0.9)}
+    shards.load_groups([group], [{**saved, "fused": False, "foreach": True}])
+    assert group == {
+        "params": [weight],
+        "param_names": ["w"],
+        "lr": 0.5,
+        "betas": (0.8, 0.9),
+        **kernels,
+    }
+
+
 def test_the_newest_of_the_other_kind_counts(folder, capsys):
     """Of two, one older and one newer than ours: going on without it would be a silent step back."""
     for step in (25, 35):
