@@ -34,7 +34,7 @@ def ran_on(command: str) -> Callable[[], list[str]]:
 
 def mutants() -> list[str]:
     """How many places of the code `make mutants` spoils, how many are known, and the share that is caught."""
-    text = (ROOT / "docs" / "mutants.md").read_text()
+    text = (ROOT / "docs" / "reference" / "mutants.md").read_text()
     row = r"^\| scripts and `common` \| (\d+) \| (\d+) \| \d+ \| (\S+) \|$"
     [(count, known, score)] = re.findall(row, text, re.M)
     return [f"{int(count):,}", f"{int(known):,}", score]
@@ -96,7 +96,7 @@ FIGURES: list[Figures] = [
         took(".venv/bin/python compare_steps.py --data-dir data"),
     ),
     (
-        "README.md",
+        "docs/reference/promises.md",
         "On {} with torch {}, it takes {} s",
         took(
             "python compare_steps.py --precision float64 --ranks 1,2,3 --num-samples 20480 --epochs 1 "
@@ -104,42 +104,42 @@ FIGURES: list[Figures] = [
         ),
     ),
     (
-        "README.md",
+        "docs/reference/promises.md",
         "gives {} samples/s; the usual way (a picture and two transforms for each image) gives {}. The "
         "training",
         lambda: bench("loading, batch 64"),
     ),
-    ("README.md", "run at {} to {} of the speed of a bare loop", loops),
+    ("docs/reference/promises.md", "run at {} to {} of the speed of a bare loop", loops),
     (
-        "docs/speed.md",
+        "docs/reference/speed.md",
         "A step of `cnn` at batch 64 takes {} ms ({} samples/s). The same {} kernels and copies as one CUDA "
         "graph, which the CPU starts all at once, take {} ms. So the loop has {} % of",
         on_a_gpu,
     ),
     (
-        "docs/speed.md",
+        "docs/reference/speed.md",
         "reached {} % and {} %, with {} s of training each, and {} s and {} s from start",
         speedrun_on_a_gpu,
     ),
     (
-        "docs/speed.md",
+        "docs/reference/speed.md",
         "the first step took {} s, because CUDA's libraries are loaded when they are first used. Each of the "
         "other 233 took {} ms.",
         first_step_on_a_gpu,
     ),
     (
-        "docs/prediction.md",
+        "docs/reference/prediction.md",
         "Step 04 computes for {} ms and talks for {} ms at 100 Mbit/s, and for {} ms at 10 Mbit/s.",
         slow_links,
     ),
-    ("docs/prediction.md", "Step 05 at batch 512 is {} % too low.", worst_prediction),
+    ("docs/reference/prediction.md", "Step 05 at batch 512 is {} % too low.", worst_prediction),
     (
-        "README.md",
+        "docs/reference/promises.md",
         "of {} such places, {} have been tried or excused since they last changed, "
         "and the tests notice {} of those.",
         mutants,
     ),
-    ("README.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),
+    ("docs/reference/gpus.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),
     ("01_single_gpu/README.md", "On {} with torch {}, it takes {} s", took("python 01_single_gpu/train.py")),
     (
         "02_multigpu_spawn/README.md",
@@ -187,10 +187,15 @@ ARITHMETIC, DEFAULT, GOAL, BY_HAND = (
 KNOWN: dict[str, dict[str, str]] = {
     "README.md": {
         "The installation takes 80 s on a fast connection, and about 5 GB": BY_HAND,
-        "up to about 25 MB by default": DEFAULT,
-        "How soon is 99 % reached?": GOAL,
-        "is right in 12 % of all cases": BY_HAND,
+        "a GPU with 24 GB | a GPU with 80 GB": SETTING,
+        "| 0.2 billion | 3.2 GB |": ARITHMETIC,
+        "| 1 billion | 16 GB |": ARITHMETIC,
+        "| 7 billion | 112 GB |": ARITHMETIC,
+        "| 70 billion | 1,120 GB |": ARITHMETIC,
     },
+    "docs/reference/terms.md": {"up to about 25 MB by default": DEFAULT},
+    "docs/reference/promises.md": {"How soon is 99 % reached?": GOAL},
+    "docs/reference/your-own-model.md": {"is right in 12 % of all cases": BY_HAND},
     "CONTRIBUTING.md": {
         "Every step of step 05 takes 50 ms on a CPU": BY_HAND,
         "`make bench` (20 minutes)": "benchmarks/results/intel-xeon-2-cores.json",
@@ -230,7 +235,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "| loads its shard | 0.0 GB | 13.1 GB | 0.0 GB |": "tests/test_big_models.py",
         "torchrun's is 30 s": DEFAULT,
     },
-    "docs/prediction.md": {
+    "docs/reference/prediction.md": {
         "80 to 95 %": "the picture beside it",
         "Seven of eight are within 20 %": "tests/test_benchmarks.py",
         "from 1 kB to 67 MB (over the slow cables from 2 kB to 1 MB)": SETTING,
@@ -243,7 +248,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "computes for 10 µs": "the table above it",
         "takes 2 ms before": ARITHMETIC,
     },
-    "docs/speed.md": {
+    "docs/reference/speed.md": {
         "# 99 % in one epoch": GOAL,
         "fall from 57 to 8, and accuracy rises to 99.05 %": "the table below it",
         "98.96 % in the mean": BY_HAND,

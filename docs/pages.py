@@ -29,7 +29,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / folder / "README.md" for folder in FOLDERS.values()),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "reference").glob("*.md")),
 ]
 MARKED = re.compile(
     r"<!-- (diff|output|printed|table)(?:: ([^\n]*?))?(?:\n(.*?))? ?-->\n(.*?)\n<!-- end -->", re.S

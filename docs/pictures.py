@@ -14,14 +14,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from docs import drawing
+from docs.colors import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, THEMES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
-THEMES = {  # the pages' colours on GitHub
-    "light": {"ground": "#ffffff", "ink": "#1f2328", "faint": "#d1d9e0"},
-    "dark": {"ground": "#0d1117", "ink": "#f0f6fc", "faint": "#3d444d"},
-}
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#4493f8", "#db6d28", "#3fb950", "#f85149", "#ab7df8", "#7d8590"
 
 
 def results(name: str) -> Any:
@@ -160,6 +158,7 @@ def timeline(step: str) -> Callable[[Figure], None]:
 
 
 DRAWN: dict[str, tuple[Callable[[Figure], None], float]] = {  # and the height in inches
+    "steps": (drawing.steps, 5.6),
     "ladder": (ladder, 4.5),
     "scaling": (scaling, 4.5),
     "memory": (memory, 4.5),

@@ -24,8 +24,8 @@ most in this place, for their time, until one fails or `--limit` seconds of test
 not plant its own bug in the mutant says nothing, and one that fails only once has failed by chance. A hang
 is caught when a test says so by its own limit.
 
-`mutants.jsonl` has each mutant with the test that catches it, docs/mutants.md the survivors with the reasons
-of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test not yet tried.
+`mutants.jsonl` has each mutant with the test that catches it, docs/reference/mutants.md the survivors with the
+reasons of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test not yet tried.
 """
 
 import argparse
@@ -62,7 +62,7 @@ SHELL = {  # by lines; which tests come to one is not measured
     "04_multinode/slurm.sbatch": ("test_slurm",),
 }
 KNOWN = ROOT / "tests" / "mutants.jsonl"
-REPORT = ROOT / "docs" / "mutants.md"
+REPORT = ROOT / "docs" / "reference" / "mutants.md"
 HARMLESS = ROOT / "tests" / "harmless.toml"
 TRACED = ROOT / ".mutants"  # what is measured once, and not committed; delete it to begin afresh
 PASSED = TRACED / "passed.json"

@@ -1,4 +1,4 @@
-"""What the tables "When it goes wrong" and the README's questions quote from torch is what torch says.
+"""What the tables "When it goes wrong" and the questions quote from torch is what torch says.
 
 What can be met on a CPU is provoked here, and the remedy that the page names is tried. Where that takes a GPU
 or Windows, the words at least are those of the installed torch.
@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, ge
 from benchmarks.hosts import WHY, possible
 
 TORCH = Path(torch.__file__).parent
-PAGES = {"": ROOT / "README.md", **{step: ROOT / name / "README.md" for step, name in FOLDERS.items()}}
+PAGES = {
+    "": ROOT / "docs" / "reference" / "questions.md",
+    **{step: ROOT / name / "README.md" for step, name in FOLDERS.items()},
+}
 
 
 def quoted(step, words):
-    """`words`, which the page of a step (`""`: the README) has to quote."""
+    """`words`, which the page of a step (`""`: the questions) has to quote."""
     assert words in PAGES[step].read_text(), f"{PAGES[step]} does not quote: {words}"
     return words
 
@@ -177,7 +180,7 @@ def test_less_data_than_a_global_batch(tmp_path, step, ranks):
 
 
 class Stream(IterableDataset):
-    """Numbers, dealt out by the expression that the README has."""
+    """Numbers, dealt out by the expression that the page of questions has."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size

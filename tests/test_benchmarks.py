@@ -33,7 +33,7 @@ def test_the_speed_run_is_what_it_was(mnist_dir, tmp_path):
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: f"{record['ranks']} ranks")
 def test_the_page_gives_what_was_recorded(record):
-    page = " ".join((ROOT / "docs" / "speed.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "reference" / "speed.md").read_text().split())
     assert f"{record['machine']}" in page and f"torch {record['torch']}" in page
     recipe = load(ROOT / "benchmarks" / "speedrun.py").RECIPE
     assert all(flag.replace("=", " ") in page for flag in recipe) and len(recipe) == 3
@@ -163,7 +163,10 @@ def test_the_pictures_are_drawn_alike_each_time(tmp_path):
         pictures.draw_all(tmp_path / folder)
     names = sorted(path.name for path in pictures.PICTURES.iterdir())
     assert names == sorted(f"{name}-{theme}.png" for name in pictures.DRAWN for theme in pictures.THEMES)
-    pages = "".join(page.read_text() for page in [*ROOT.glob("docs/*.md"), *ROOT.glob("0*/README.md")])
+    pages = "".join(
+        page.read_text()
+        for page in [*ROOT.glob("docs/reference/*.md"), ROOT / "README.md", *ROOT.glob("0*/README.md")]
+    )
     for name in names:
         once, twice = ((tmp_path / folder / name).read_bytes() for folder in ("once", "twice"))
         assert once == twice and len(once) > 5000, name

@@ -23,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / name / "README.md" for name in FOLDERS.values()),
+    *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("gpus", "promises")),
 ]
 STEPS = list(FOLDERS)
 
@@ -284,10 +285,10 @@ def test_the_environment_is_this_python():
         assert out[2] == sys.executable
 
 
-def test_what_the_readme_says_of_gpus_is_recorded():
-    """Each test of `make gpu` has passed on the card, or the README says that it has not run."""
+def test_what_the_page_says_of_gpus_is_recorded():
+    """Each test of `make gpu` has passed on the card, or the page says that it has not run."""
     record = json.loads((ROOT / "benchmarks" / "results" / "NVIDIA-H200.json").read_text())
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "reference" / "gpus.md").read_text()
     assert all(ended.startswith(("passed, ", "failed as expected, ")) for ended in record["tests"].values())
     assert [name for name, ended in record["tests"].items() if not ended.startswith("passed")] == [
         "test_two_ranks_on_one_card_end_where_step_01_ends[nccl]"

@@ -1,4 +1,4 @@
-"""docs/your-own-model.md: each of its recipes, taken from the page, trains, stops, resumes and converts.
+"""The recipes of docs/reference/your-own-model.md, taken from the page, train, stop, resume and convert.
 
 Promise: each recipe resumes to the last bit and converts, in steps 01, 03 and 05.
 """
@@ -12,9 +12,9 @@ from helpers import FOLDERS, ROOT, SHARDED, finish, largest_difference, planted,
 
 from common.snapshot import snapshots, step_of
 
-PAGE = (ROOT / "docs" / "your-own-model.md").read_text()
+PAGE = (ROOT / "docs" / "reference" / "your-own-model.md").read_text()
 [OWN] = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
-RECIPES = dict(section.split("\n", 1) for section in re.split(r"^## ", PAGE, flags=re.M)[1:])
+RECIPES = dict(section.split("\n", 1) for section in re.split(r"^### ", PAGE, flags=re.M)[1:])
 STEPS = ["01", "03", SHARDED]
 # 9 steps of 12 samples an epoch; those of an interrupted run are the first 12 of 18.
 FLAGS = ["--num-samples=114", "--epochs=2", "--precision=float64", "--lr=0.005"]

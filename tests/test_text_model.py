@@ -345,12 +345,14 @@ def test_ranks_with_other_texts_are_told(tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_run_as_written(tmp_path):
-    """Those of text_model.py's docstring, which are the README's, and back."""
+    """Those of text_model.py's docstring, which are the page's, and back."""
     for name in ("common", "workshop", FOLDERS["03"]):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     lines = re.findall(r"^    (\S.*)$", text_model.__doc__, re.M)
     assert [shlex.split(line)[0] for line in lines] == ["cp", "git", "torchrun"]
-    assert "\n".join(["```sh", *lines, "```"]) in (ROOT / "README.md").read_text()
+    assert (
+        "\n".join(["```sh", *lines, "```"]) in (ROOT / "docs" / "reference" / "your-own-model.md").read_text()
+    )
     lines[-1] += " --num-samples 256 --epochs 1 --use-gpu 0"
     before = (ROOT / FOLDERS["03"] / "train.py").read_text()
     for line in [*lines, lines[1].replace("apply", "apply -R")]:
