@@ -24,8 +24,9 @@ most in this place, for their time, until one fails or `--limit` seconds of test
 not plant its own bug in the mutant says nothing, and one that fails only once has failed by chance. A hang
 is caught when a test says so by its own limit.
 
-`mutants.jsonl` has each mutant with the test that catches it, docs/reference/mutants.md the survivors with the
-reasons of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test not yet tried.
+`mutants.jsonl` has each mutant with the test that catches it, docs/reference/mutants.md the survivors with
+the reasons of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test
+not yet tried.
 """
 
 import argparse
