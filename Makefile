@@ -41,7 +41,7 @@ record: .venv/installed-dev
 	$(VENV)/python benchmarks/record.py --data-dir $(DATA_DIR) $(ARGS)
 
 docs: .venv/installed-dev
-	$(VENV)/python docs/build.py
+	$(VENV)/python docs/generate/build.py
 
 lint: .venv/installed-dev
 	$(VENV)/ruff check .

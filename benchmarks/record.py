@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import speedrun  # noqa: E402
-from docs.pages import PAGES  # noqa: E402
-from docs.pictures import RESULTS  # noqa: E402
-from docs.pieces import FOLDERS  # noqa: E402
-from docs.tables import SHARDS  # noqa: E402
+from docs.generate.pages import PAGES  # noqa: E402
+from docs.generate.pictures import RESULTS  # noqa: E402
+from docs.generate.pieces import FOLDERS  # noqa: E402
+from docs.generate.tables import SHARDS  # noqa: E402
 
 FILES = ["benchmarks", "common", "compare_steps.py", "launch_multinode.sh", ".venv", *FOLDERS.values()]
 

@@ -11,7 +11,7 @@ from helpers import ROOT, command, finish, load, ranks_of, read_run, start
 
 from common.mnist import load_mnist
 from common.models import build_model
-from docs import pictures
+from docs.generate import pictures
 
 RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/results/speedrun.jsonl").read_text().splitlines()]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import FOLDERS, ROOT, environment, finish, paths, quoted_pattern, start
 
-from docs import figures, pages, pieces, tables
+from docs.generate import figures, pages, pieces, tables
 
 PAGES = [
     ROOT / "README.md",

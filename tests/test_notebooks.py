@@ -16,7 +16,7 @@ from helpers import FOLDERS, ROOT, environment
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from docs import notebooks
+from docs.generate import notebooks
 
 STEPS = list(FOLDERS)
 NEEDED = [".gitignore", "common", "workshop", "tests", "launch_multinode.sh", "requirements.txt"]

@@ -21,9 +21,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from helpers import FOLDERS, ROOT, errors, finish, start
 
-from docs import onepage
-from docs.pieces import merged, pieces, script
-from docs.stops import places, stops
+from docs.generate import onepage
+from docs.generate.pieces import merged, pieces, script
+from docs.generate.stops import places, stops
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -129,7 +129,11 @@ def test_the_page_is_as_make_docs_makes_it():
 
 
 def test_made_twice_it_is_the_same_to_the_byte():
-    words = [sys.executable, "-c", "from docs import onepage; print(onepage.make(), end='')"]
+    words = [
+        sys.executable,
+        "-c",
+        "from docs.generate import onepage; print(onepage.make(), end='')",
+    ]
     made = [
         subprocess.run(
             words, capture_output=True, check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}
@@ -160,7 +164,7 @@ class Links(HTMLParser):
 
 def test_one_small_file_whose_links_lead_somewhere():
     text = onepage.PAGE.read_text()
-    size, keys = len(text.encode()), (ROOT / "docs" / "onepage.js").read_text().splitlines()
+    size, keys = len(text.encode()), (ROOT / "docs" / "generate" / "onepage.js").read_text().splitlines()
     print(f"{size:,} bytes, {len(keys)} lines of JavaScript")
     assert size < 1_500_000 and len(keys) < 200
     found = Links()
@@ -202,7 +206,7 @@ def luminance(colour):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_each_colour_can_be_read_on_each_ground(theme):
     """Of the scripts: every colour of the syntax on every ground that a line may have, at least 4.5 to 1."""
-    style = (ROOT / "docs" / "onepage.css").read_text()
+    style = (ROOT / "docs" / "generate" / "onepage.css").read_text()
     both = {
         name: colours[theme == "dark"]
         for name, *colours in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)

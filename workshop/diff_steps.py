@@ -20,8 +20,8 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, where `docs` is
 
-from docs.pieces import FOLDERS
-from docs.stops import Stop, stops
+from docs.generate.pieces import FOLDERS
+from docs.generate.stops import Stop, stops
 
 COLOURS = {"-": "31", "+": "32", "heading": "1", "faint": "2"}
 

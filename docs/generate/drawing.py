@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from docs.colors import BLUE, GREEN, GREY, ORANGE
+from docs.generate.colors import BLUE, GREEN, GREY, ORANGE
 
 LAYERS = 4  # of the model, as drawn
 

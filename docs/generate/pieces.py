@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0*/train.py"))}
 DEFINITIONS = ("def ", "@")  # such a line says itself where it is
 

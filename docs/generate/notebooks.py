@@ -12,7 +12,7 @@ from typing import Any
 
 import nbformat
 
-from docs.pieces import FOLDERS, ROOT, asked_for, functions, piece, script
+from docs.generate.pieces import FOLDERS, ROOT, asked_for, functions, piece, script
 
 REPOSITORY = "https://example.org/ddp.git"  # where this is published: a hosted notebook clones it from there
 WORKSHOP = ROOT / "workshop"

@@ -17,7 +17,7 @@ from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.platypus import BaseDocTemplate, Frame, KeepTogether, PageTemplate, Paragraph, Spacer, Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE, PDF = ROOT / "workshop" / "CHEATSHEET.md", ROOT / "workshop" / "cheatsheet.pdf"
 MARGIN, GAP = 9 * mm, 6 * mm
 INK, FAINT, ACCENT, SHADE = map(HexColor, ("#1f2328", "#d1d9e0", "#0550ae", "#f6f8fa"))

@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from docs import drawing
-from docs.colors import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, THEMES
+from docs.generate import drawing
+from docs.generate.colors import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, THEMES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 

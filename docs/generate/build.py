@@ -8,9 +8,9 @@ page.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from docs import cheatsheet, notebooks, onepage, pages, pictures
+from docs.generate import cheatsheet, notebooks, onepage, pages, pictures
 
 if __name__ == "__main__":
     pictures.draw_all()

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from docs.pictures import RESULTS, results, steps_of
-from docs.pieces import FOLDERS, ROOT, script
+from docs.generate.pictures import RESULTS, results, steps_of
+from docs.generate.pieces import FOLDERS, ROOT, script
 
 
 def cells(row: str) -> list[str]:

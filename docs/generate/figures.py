@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.pictures import results
-from docs.pieces import ROOT
+from docs.generate.pictures import results
+from docs.generate.pieces import ROOT
 
 Figures = tuple[str, str, Callable[[], list[str]]]
 

@@ -23,10 +23,11 @@ from markdown_it.utils import EnvType, OptionsDict
 from pygments.lexers import PythonLexer
 from pygments.token import Token
 
-from docs.pieces import FOLDERS, ROOT, Line, functions, merged, script
-from docs.stops import Stop, places, sections, slug, stops
+from docs.generate.pieces import FOLDERS, ROOT, Line, functions, merged, script
+from docs.generate.stops import Stop, places, sections, slug, stops
 
 DOCS = ROOT / "docs"
+HERE = Path(__file__).parent
 PAGE = DOCS / "index.html"
 COLOURED = [  # what of a script is coloured, and the class of that colour
     (Token.Comment, "c"),
@@ -174,7 +175,7 @@ def target(page: Path, link: str) -> str:
 def html_block(
     self: RendererHTML, tokens: Sequence[Block], at: int, options: OptionsDict, env: EnvType
 ) -> str:
-    """Marks of docs/pages.py are left out; a `<picture>` is shown in both themes."""
+    """Marks of docs/generate/pages.py are left out; a `<picture>` is shown in both themes."""
     found = re.search(r'alt="([^"]+)" src="[^"]*pictures/([\w-]+)-light', tokens[at].content)
     return picture(found[2], found[1]) if found else ""
 
@@ -304,11 +305,11 @@ def section(page: Path, heading: str) -> str:
 def pictures() -> str:
     """The pictures that no step's page has: the sections of the pages of docs in which they are."""
     body, shown = "", "".join((ROOT / folder / "README.md").read_text() for folder in FOLDERS.values())
-    for page in sorted(DOCS.glob("*.md")):
+    for page in sorted((DOCS / "reference").glob("*.md")):
         for heading, text in sections(page.read_text()):
             found = re.search(r"pictures/([\w-]+)-light", text)
             if found and f"pictures/{found[1]}-light" not in shown:
-                link = f'<a href="{page.name}#{slug(heading)}">{page.name}</a>'
+                link = f'<a href="reference/{page.name}#{slug(heading)}">{page.name}</a>'
                 body += f"<h3>{inline(heading)} <small>{link}</small></h3>\n{prose(page, text)}"
     return body
 
@@ -334,7 +335,7 @@ def make() -> str:
     """The page."""
     readme = ROOT / "README.md"
     title, intro = sections(readme.read_text())[0]
-    style, keys = (DOCS / "onepage.css").read_text(), (DOCS / "onepage.js").read_text()
+    style, keys = (HERE / "onepage.css").read_text(), (HERE / "onepage.js").read_text()
     names = ["ladder", *FOLDERS, "pictures", "workshop"]
     links = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in names)
     buttons = "".join(

@@ -20,10 +20,10 @@ import fnmatch
 import re
 from pathlib import Path
 
-from docs.figures import with_figures
-from docs.pictures import results
-from docs.pieces import FOLDERS, ROOT, block
-from docs.tables import TABLES
+from docs.generate.figures import with_figures
+from docs.generate.pictures import results
+from docs.generate.pieces import FOLDERS, ROOT, block
+from docs.generate.tables import TABLES
 
 PAGES = [
     ROOT / "README.md",

@@ -12,7 +12,7 @@ function that they change, too: `the-process-group-main`.
 import re
 from dataclasses import dataclass
 
-from docs.pieces import FOLDERS, ROOT, Line, asked_for, block, merged
+from docs.generate.pieces import FOLDERS, ROOT, Line, asked_for, block, merged
 
 BLOCK = re.compile(r"<!-- diff\n(.*?)-->\n.*?\n<!-- end -->", re.S)
 
