@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import mmap
 import re
+import socketserver
 import sys
 from pathlib import Path
 
@@ -38,6 +39,47 @@ def torchrun(folder, ranks, script, *words, **variables):
     status, out, err = finish(start([*module, str(folder / "script.py"), *words], folder, **variables), 60)
     print(out, err)
     return status, out, err
+
+
+# --- Words
+
+
+def fragments(message):
+    """The parts of a quoted message that do not differ from run to run."""
+    text = re.sub(r"^(error|warning): ", "", message)
+    parts = re.split(r"…|\d+|'[^']*'|\b(?:cnn|vit|node|SIGTERM|SIGKILL|SIGABRT)\b\S*|[()<>]", text)
+    return [part.strip(" :;,.") for part in parts if len(re.findall("[a-zA-Z]{2,}", part)) > 1]
+
+
+def test_each_message_in_the_index_is_one_that_torch_or_this_project_prints():
+    """Each of its fragments is in our code, in torch's or Python's, or in a library of theirs."""
+    ours = [*ROOT.glob("common/*.py"), *ROOT.glob("0*/*.py"), ROOT / "workshop" / "doctor.py"]
+    text = "".join(path.read_text() for path in ours)
+    text = re.sub(r'"\n\s+f?"', "", text)  # a message in two lines
+    theirs = [*TORCH.rglob("*.py"), *Path(socketserver.__file__).parent.glob("multiprocessing/*.py")]
+    text += "".join(path.read_text(errors="replace") for path in theirs)
+    libraries = [mapped(path) for path in TORCH.glob("lib/libtorch_*.so")]
+    libraries += [mapped(path) for path in TORCH.parent.glob("nvidia/nccl/lib/libnccl.so.2")]
+    page = PAGES[""].read_text()
+    quoted = [
+        message
+        for line in re.split("table: (?:messages|symptoms) -->", page)[1].splitlines()
+        if line.startswith("| `")
+        for message in re.findall("`([^`]+)`", line.split(" | ")[0])
+    ]
+    assert len(quoted) > 40
+    unknown = [
+        (message, part)
+        for message in quoted
+        for part in fragments(message)
+        if part not in text and not any(library.find(part.encode()) >= 0 for library in libraries)
+    ]
+    assert unknown == []
+
+
+def mapped(path):
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 # --- Words of what takes a GPU, or Windows

@@ -224,7 +224,57 @@ def promises_table(old: str) -> str:
     return "".join(map(row_of, [["promise", "test"], ["---"] * 2, *rows]))
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of a cell, without its links."""
+    text = re.sub(r",? see \[[^\]]+\]\([^)]+\)", "", text)
+    text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
+    return re.split(r"(?<=[^.])\. (?=[A-Z`])", text)[0].rstrip(".")
+
+
+Row = tuple[str, str, str]
+
+
+def what_people_see() -> list[Row]:
+    """From the pages of the steps and the cards: what one sees, the answer in a sentence, and a link."""
+    found = []
+    for step, folder in FOLDERS.items():
+        page = (ROOT / folder / "README.md").read_text()
+        section = page.split("## When it goes wrong\n")[1].split("\n## ")[0]
+        rows = [cells(line) for line in section.splitlines() if line.startswith("| ")]
+        link = f"[step {step}](../../{folder}/README.md#when-it-goes-wrong)"
+        found += [(seen, first_sentence(why), link) for seen, why in rows[1:]]
+    for card in sorted((ROOT / "workshop" / "break_it").glob("*/card.md")):
+        text = card.read_text()
+        number, title = text.splitlines()[0].removeprefix("# ").split(" · ")
+        fix = " ".join(text.split("**Fix.**")[1].split("\n\n")[0].split())
+        link = f"[card {number}](../../workshop/break_it/{card.parent.name}/card.md)"
+        found.append((title, first_sentence(fix), link))
+    return found
+
+
+def alphabetical(rows: list[Row]) -> str:
+    """These rows as a table, without regard to quotes and to `error:`."""
+
+    def words(row: Row) -> str:
+        return re.sub(r"^\W*(error|warning):|[^a-z ]", "", row[0].lower()).strip()
+
+    lines = [["you see", "why, or what helps", "more"], ["---"] * 3, *map(list, sorted(rows, key=words))]
+    return "".join(map(row_of, lines))
+
+
+def messages_table(_: str) -> str:
+    """What begins with a message."""
+    return alphabetical([row for row in what_people_see() if row[0].startswith("`")])
+
+
+def symptoms_table(_: str) -> str:
+    """What does not."""
+    return alphabetical([row for row in what_people_see() if not row[0].startswith("`")])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
+    "messages": messages_table,
+    "symptoms": symptoms_table,
     "paper": paper_table,
     "bytes": bytes_table,
     "links": links_table,
