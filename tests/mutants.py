@@ -606,10 +606,10 @@ def main(args: argparse.Namespace) -> None:
 INTRODUCTION = """# Which lines the tests guard
 
 `make mutants` takes out one place of the code after another, or turns it around, and runs the tests that come
-to it until one fails ([tests/mutants.py](../tests/mutants.py) says which places, and how). It has written
-this page; [tests/mutants.jsonl](../tests/mutants.jsonl) names for each mutant the test that catches it.
+to it until one fails ([tests/mutants.py](../../tests/mutants.py) says which places, and how). It has written
+this page; [tests/mutants.jsonl](../../tests/mutants.jsonl) names for each mutant the test that catches it.
 Known are those that were tried since their line was last changed, and those that
-[harmless.toml](../tests/harmless.toml) excuses: most of these were not tried, and do not count as caught.
+[harmless.toml](../../tests/harmless.toml) excuses: most of these were not tried, and do not count as caught.
 The score is of those that are known. The last line leaves out those that only a machine with a GPU can show.
 """
 

@@ -1,7 +1,7 @@
 """What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind.
 
-Promise: what a user gets wrong, on every step: one line that says what to do, and exit status 2; under
-torchrun it is also the last thing on the screen.
+Promise: in every step, a user's mistake gives one line that says what to do, and exit status 2. Under
+torchrun, this line is also the last one on the screen.
 """
 
 import json

@@ -1,6 +1,7 @@
 """What each rank of step 05 reads, writes and holds in memory while a snapshot is saved and loaded.
 
-Promise: the bytes fall with the number of ranks, as 05_fsdp/README.md says of 70 billion parameters.
+Promise: the bytes that each rank reads, writes and holds for a snapshot fall as ranks are added, as
+05_fsdp/REFERENCE.md says for 70 billion parameters.
 """
 
 import json
@@ -96,7 +97,7 @@ def test_bytes_of_a_snapshot_are_those_on_paper(tmp_path, ranks):
 
 
 def test_the_page_says_the_same_of_70_billion_parameters():
-    page = (ROOT / FOLDERS[SHARDED] / "README.md").read_text()
+    page = (ROOT / FOLDERS[SHARDED] / "REFERENCE.md").read_text()
     rows = re.findall(r"^\| (saves|checks|loads)\b.*? \| (\S+) GB \| (\S+) GB \| (\S+) GB \|$", page, re.M)
     expected = on_paper(70e9, 64)
     assert len(rows) == 3

@@ -2,7 +2,7 @@
 
 At 3 and 4 ranks: two numbers have one sum, of three the order counts. In float32, where that is seen soonest.
 
-Promise: the same with a signal in the middle of an evaluation or in an epoch's last step, and with
+Promise: the same after a signal during an evaluation or in the last step of an epoch, and with
 `--accumulate`, `--replicas`, `--cpu-offload`, `--meta-init`, `--compile` and `--num-workers`.
 """
 

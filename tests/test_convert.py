@@ -1,6 +1,7 @@
 """A snapshot that is converted goes on as if it had not been, also with an optimizer of the reader's own.
 
-Promise: between step 05 and the others a run can be converted, in both directions, with any parameter groups.
+Promise: a run can be converted between step 05 and the other steps, in both directions, with any parameter
+groups.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The data set: read right, downloaded once, and honest about what it is when there is no network.
 
-Promise: processes that start together download MNIST once.
+Promise: processes that start together download MNIST only once.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What the scripts would ask of a GPU, seen on a machine that has none; test_gpu.py is for one that has.
 
-Promise: given a GPU, a rank of steps 02 to 05 takes it before it meets the others; batches are copied
-without waiting, sums stay on the device, `bf16` is what layers compute in.
+Promise: if there are GPUs, each rank of steps 02 to 05 selects its own GPU before it joins the others.
+Batches are copied without waiting, sums stay on the device, and with `bf16`, layers compute in bfloat16.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say.
 
-Promise: the commands in the READMEs run (`make test-all`), their diffs are the scripts'.
+Promise: the commands in the READMEs work (`make test-all`), and the diffs in them match the scripts.
 """
 
 import datetime
@@ -23,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / name / "README.md" for name in FOLDERS.values()),
+    ROOT / FOLDERS["05"] / "REFERENCE.md",
     *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("gpus", "promises")),
 ]
 STEPS = list(FOLDERS)
@@ -156,6 +157,12 @@ def test_a_page_is_as_make_docs_makes_it(page):
 def test_a_number_with_a_unit_has_a_record_or_a_reason(page):
     if page.name != "mutants.md":  # which `make mutants` writes
         assert figures.loose_numbers(page, page.read_text()) == []
+
+
+def test_the_code_that_opens_step_01s_page_is_in_its_script():
+    folder = ROOT / FOLDERS["01"]
+    [code] = fences(folder / "README.md", "python")
+    assert code in (folder / "train.py").read_text()
 
 
 def test_each_table_is_on_a_page():

@@ -4,7 +4,7 @@ Such a thread lets go of what it holds while Python ends, and now and then abort
 ("terminate called without an active exception"). So the ranks end here as interpreters do, see
 forks.REAL_END. `make test` leaves once in each way, EXITS=50 in the environment fifty times.
 
-Promise: however a rank leaves, no thread of its process groups lives on, and the status is right.
+Promise: however a rank exits, no thread of its process groups survives, and the exit status is correct.
 """
 
 import json

@@ -211,8 +211,9 @@ def test_the_readme(tmp_path, step):
 @pytest.mark.parametrize("step", FOLDERS)
 def test_it_has_what_the_step_has_and_no_more(tmp_path, step):
     folder = export(step, tmp_path / "my-project")
-    # README.md is another, and the notebook is about this repository.
-    beside = {path.name for path in (ROOT / FOLDERS[step]).iterdir() if path.suffix not in (".ipynb", "")}
+    # README.md is another; REFERENCE.md and the notebook are about this repository.
+    left_out = (".ipynb", ".md", "")
+    beside = {path.name for path in (ROOT / FOLDERS[step]).iterdir() if path.suffix not in left_out}
     common = {f"common/{path.name}" for path in (ROOT / "common").glob("*.py")}
     # Which the others import.
     common -= {"common/nodes.py"} if step < "04" else set()

@@ -1,7 +1,7 @@
 """Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none.
 
-Promise: FSDP with each of its flags trains what DDP trains; its bytes per rank fall as they should; training
-goes on while a snapshot is written.
+Promise: FSDP, with each of its flags, trains what DDP trains. Its bytes per rank fall as they should.
+Training continues while a snapshot is written.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Whoever makes a folder can make its checksums right as well. So all that is read here has right checksums, but
 for what is damaged at random. With HOSTILE=2000 in the environment, 2,000 are made.
 
-Promise: a sharded snapshot from elsewhere, made to do harm, runs nothing.
+Promise: a malicious sharded snapshot cannot run code.
 """
 
 import argparse

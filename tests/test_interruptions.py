@@ -2,8 +2,8 @@
 
 The same at random moments is `make soak`; a short one of it is in here.
 
-Promise: interrupted at random moments, in the middle of a save, by a full disk, by a rank that dies or
-hangs: nothing is lost, nobody waits forever, [see below](#nothing-lost).
+Promise: nothing is lost and no rank waits forever when a run is interrupted at a random moment or in the
+middle of a save, when the disk is full, or when a rank dies or hangs: [see below](#nothing-lost).
 """
 
 import collections

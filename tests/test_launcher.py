@@ -1,7 +1,8 @@
 """launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running.
 
-Promise: what `launch_multinode.sh` prints, runs; stopped, it leaves no process on any node; two nodes with a
-folder each need only one of the folders to go on.
+Promise: every command that `launch_multinode.sh` prints works. If the launcher is stopped, no process
+survives on any node. If each of two nodes has its own snapshot folder, one of the folders is enough to
+resume.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Batches: any map-style dataset, nested batches, and workers whose random numbers do not come twice.
 
-Promise: a dataset of one's own works in place of `load_mnist` with no other change.
+Promise: a custom dataset works in place of `load_mnist`, with no other change.
 """
 
 import contextlib

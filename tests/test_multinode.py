@@ -1,7 +1,7 @@
 """Steps 04 and 05 on several hosts, each with its own disk, that can be slowed, cut off and killed.
 
-Promise: two hosts with two ranks each do what step 03 does with four, to the last bit; a node, its disk or
-the link may be lost (as root: `make test-all`).
+Promise: two hosts with two ranks each do what step 03 does with four ranks, to the last bit. A node, its
+disk or the link between nodes may be lost (as root: `make test-all`).
 """
 
 import re

@@ -1,6 +1,6 @@
 """The notebooks: what `make docs` makes of pages and scripts, and they run from top to bottom.
 
-Promise: a walkthrough.ipynb writes the step's script and runs it, and a cell whose command fails, fails.
+Promise: each walkthrough.ipynb writes its step's script and runs it. A cell fails when its command fails.
 """
 
 import difflib

@@ -1,7 +1,8 @@
 """docs/index.html, one page for all steps, in a browser; and workshop/diff_steps.py, the same in a terminal.
 
-Promise: the page of all steps shows the scripts and the READMEs' words as they are; keys, a finger and links
-move through its pieces, in light and dark, on a phone and on a wall, and nothing comes from the network.
+Promise: the page of all steps, docs/index.html, shows the scripts and the text of the READMEs unchanged.
+Keys, swipes and links move through its pieces, in light and dark mode, on a phone and on a projector. It
+loads nothing from the network.
 """
 
 import html

@@ -3,7 +3,8 @@
 Both are given by whoever starts the tests: `--other-python=/path/to/python`, of an environment with
 requirements.txt installed. `.ci/run` does it with the oldest torch, and Debian's Python where there is one.
 
-Promise: a snapshot that one Python and torch have written is resumed by another, older or newer (in CI).
+Promise: a snapshot written with one version of Python and torch can be resumed with another, older or newer
+(in CI).
 """
 
 import subprocess

@@ -1,7 +1,7 @@
 """The mistakes that distributed training scripts make most: each must turn the comparison red.
 
-Promise: the nine commonest mistakes (no `set_epoch`, summed gradients, a rank's own loss, padded evaluation,
-…) are seen.
+Promise: the tests catch the nine commonest mistakes (no `set_epoch`, summed gradients, one rank's loss in
+the log, padded evaluation, …).
 """
 
 import shutil

@@ -8,8 +8,8 @@ Others start real processes because they are about what happens between them: a 
 under torchrun in test_resume.py, launchers get Ctrl-C in test_launcher.py, hosts lose each other in
 test_multinode.py.
 
-Promise: started by `python`, `torchrun` and `mp.spawn`, with nothing prepared, every step does what the
-tests' forks do.
+Promise: started by `python`, `torchrun` or `mp.spawn` in a fresh process, every step does what it does in
+the other tests, which fork a process that has already imported torch.
 """
 
 import shutil

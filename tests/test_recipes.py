@@ -1,6 +1,7 @@
 """The recipes of docs/reference/your-own-model.md, taken from the page, train, stop, resume and convert.
 
-Promise: each recipe resumes to the last bit and converts, in steps 01, 03 and 05.
+Promise: a run of each recipe for your own model resumes bit-identically and can be converted, in steps 01,
+03 and 05.
 """
 
 import re

@@ -1,7 +1,7 @@
 """What a run says, and what it writes down, to the letter: its lines, its metrics, its snapshots.
 
-Promise: what a run prints, writes to `--metrics` and saves is what it does, to the letter; on a terminal one
-bar, not one for each rank.
+Promise: what a run prints, writes to `--metrics` and saves exactly matches what it does. A terminal shows
+one progress bar, not one for each rank.
 """
 
 import fcntl

@@ -1,8 +1,8 @@
 """A run that is interrupted and started again ends where an uninterrupted one ends.
 
-Promise: interrupted in the middle of an epoch and resumed: bit-identical (on CPUs, with the same number of
-threads), at 1, 2, 3 and 4 ranks; also after a SIGKILL under `torchrun --max-restarts`; also at another world
-size or with another step, within 1e-10.
+Promise: a run that is interrupted in the middle of an epoch and resumed is bit-identical to an uninterrupted
+run (on CPUs, with the same number of threads), at 1, 2, 3 and 4 ranks, also after a SIGKILL under
+`torchrun --max-restarts`. Resumed at another world size or with another step, it agrees within 1e-10.
 """
 
 import shutil

@@ -1,10 +1,11 @@
 """The promise: every step learns the same function.
 
-Promise: every step ends where step 01 ends: float64, 106 steps, `cnn` and `vit` (of two blocks), 1, 2 and 3
-ranks, weights and losses within 1e-10; steps 02, 03 and 04, with the same number of threads, equal to the
-last bit, and step 05 too at 1 and 2 ranks (`vit` at 1 and 2 ranks, and in step 05: `make test-all`).
+Promise: every step ends with step 01's weights and losses, within 1e-10: in float64, after 106 training
+steps, with `cnn` and `vit` (of two blocks), at 1, 2 and 3 ranks. With the same number of threads, steps 02,
+03 and 04 agree to the last bit, and so does step 05 at 1 and 2 ranks. `make test-all` runs the cases of
+`vit` at 1 and 2 ranks, and of `vit` in step 05.
 
-Promise: every test image counts once, at 3 ranks too.
+Promise: every test image counts exactly once, at 3 ranks too.
 """
 
 import itertools

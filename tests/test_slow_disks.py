@@ -1,7 +1,7 @@
 """Disks that are slower than a time-out: planted pauses stand for the size of what is saved and loaded.
 
-Promise: a save or a load that takes longer than `--timeout` ends no run, and no rank of step 05 reads or
-checks what another rank could.
+Promise: a save or a load that takes longer than `--timeout` does not end the run. In step 05, no rank
+repeats what another rank reads or checks.
 """
 
 import re

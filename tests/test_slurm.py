@@ -1,7 +1,7 @@
 """04_multinode/slurm.sbatch on a real Slurm: a controller and two nodes, each in namespaces of its own.
 
-Promise: a job that Slurm preempts and queues again ends where an uninterrupted one ends (as root: `make
-test-all`).
+Promise: a job that Slurm preempts and requeues ends where an uninterrupted job ends (as root:
+`make test-all`).
 """
 
 import os

@@ -1,7 +1,7 @@
 """Snapshot files: atomic, checked, three kept, and never of another run.
 
-Promise: a damaged snapshot is never loaded silently, a failed write never costs the last good one; what
-could not be loaded again is refused when it is saved.
+Promise: a damaged snapshot is never loaded silently, and a failed write never costs the last good snapshot.
+A save refuses whatever could not be loaded again.
 """
 
 import dataclasses

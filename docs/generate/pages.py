@@ -29,6 +29,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *(ROOT / folder / "README.md" for folder in FOLDERS.values()),
+    ROOT / FOLDERS["05"] / "REFERENCE.md",
     *sorted((ROOT / "docs" / "reference").glob("*.md")),
 ]
 MARKED = re.compile(

@@ -3,7 +3,7 @@
 import torch
 from judging import Promise, calls
 
-TOLD = "docs/prediction.md, and 02_multigpu_spawn/README.md, The process group"
+TOLD = "docs/reference/prediction.md, and 02_multigpu_spawn/README.md, The process group"
 
 
 def own(rank, length):

@@ -1,4 +1,4 @@
-"""Exercise 10: go on exactly where it stopped."""
+"""Exercise 10: resume exactly where it stopped."""
 
 from typing import Any
 
