@@ -71,7 +71,8 @@ def test_an_optimizer_without_names_is_not_guessed_at(tmp_path):
 
 
 GROUP = {"lr": 0.1, "params": [0], "param_names": ["w"]}
-REST = {"epoch": 0, "samples_seen": 0, "global_step": 7, "rng": [], "format": snapshot.FORMAT}
+IDENTITY = {"format": snapshot.FORMAT, "run": "cnn-mnist", "precision": "float32", "seed": 0}
+REST = {"epoch": 0, "samples_seen": 0, "global_step": 7, "rng": [], **IDENTITY}
 
 
 def test_what_a_script_of_ones_own_saves_besides_is_converted_too(tmp_path):
