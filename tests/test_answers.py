@@ -47,7 +47,8 @@ def torchrun(folder, ranks, script, *words, **variables):
 
 
 OLDER = ("Duplicate GPU detected", "using GPU 0 … as device used by this process")  # than what is installed
-VARIABLE = r"…|\[c10d\]|\bIPv6\b|(?:rank )?\b\d+\b|'[^']*'|\bnode\d|(?:run )?\b(?:cnn|vit)-\S+|\bRANK\b|\bSIG[A-Z]+\b|[()<>]"
+VARIABLE = r"…|\[c10d\]|(?:rank )?\b\d+\b|'[^']*'|\bnode\d|(?:run )?\b(?:cnn|vit)-\S+|[()<>]"
+VARIABLE += r"|\b(?:IPv6|RANK|SIG[A-Z]+)\b"
 
 
 def fragments(message):
