@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import FOLDERS, ROOT, environment, finish, paths, quoted_pattern, start
 
+from common.snapshot import FORMAT
 from docs.generate import figures, pages, pieces, tables
 
 PAGES = [
@@ -274,6 +275,18 @@ def test_the_scripts_have_one_skeleton():
         print(f"{before} and {after} share {shared[0]}")
         assert shared[0] == shared[1]
         assert len(shared[0]) >= 9
+
+
+def test_the_first_page_stays_one_screen_and_a_little():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_version_is_the_same_everywhere():
+    newest = re.search(r"^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    cited = (ROOT / "CITATION.cff").read_text()
+    assert newest
+    assert f"\nversion: {newest[1]}\ndate-released: {newest[2]}\n" in cited
+    assert f"Snapshots have format {FORMAT}." in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_page_is_finished_and_closes_its_fences():
