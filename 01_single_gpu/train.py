@@ -41,7 +41,8 @@ class Trainer:
             train_data, args.batch_size, sampler=self.sampler, drop_last=True, **options
         )
         self.test_loader = DataLoader(test_data, args.eval_batch_size, **options)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
+        use_bf16 = args.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
         self.samples_seen = 0  # in this epoch
@@ -118,8 +119,7 @@ class Trainer:
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
-            sums = [metric.sum(dtype=torch.float64) for metric in metrics]
-            totals += torch.stack(sums)
+            totals += torch.stack([metric.double().sum() for metric in metrics])
             if self.stop.requested():
                 self.stop.exit(self.report, self.global_step)
         self.report.evaluation(self.epoch, self.global_step, *totals.tolist())

@@ -77,7 +77,8 @@ class Trainer:
         )
         sampler = DistributedSampler(test_data, shuffle=False)
         self.test_loader = DataLoader(test_data, args.eval_batch_size, sampler=sampler, **options)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, args.precision == "bf16")
+        use_bf16 = args.precision == "bf16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
         self.schedule = Schedule(optimizer, args.schedule)
         self.epoch = 0
         self.samples_seen = 0  # in this epoch
@@ -167,8 +168,7 @@ class Trainer:
             batch = to_device(batch, self.device)
             with self.autocast:
                 metrics = self.per_sample_metrics(batch)
-            sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
-            totals += torch.stack(sums)
+            totals += torch.stack([metric[:remaining].double().sum() for metric in metrics])
             remaining = max(0, remaining - self.args.eval_batch_size)
             if self.stop.requested():
                 self.stop.exit(self.report, self.global_step)

@@ -215,8 +215,7 @@ class Trainer:
         for batch in self.stop.batches(self.test_loader):
             batch = to_device(batch, self.device)
             metrics = self.per_sample_metrics(batch)
-            sums = [metric[:remaining].sum(dtype=torch.float64) for metric in metrics]
-            totals += torch.stack(sums)
+            totals += torch.stack([metric[:remaining].double().sum() for metric in metrics])
             remaining = max(0, remaining - self.args.eval_batch_size)
             if self.stop.requested():
                 self.saver.wait()

@@ -129,11 +129,11 @@ def test_its_own_test_passes(tmp_path):
     assert status == 0 and "2 passed" in out and "(must be 0.0)" in out
 
 
-PADDED = ("metric[:remaining].sum(", "metric.sum(")
+PADDED = ("metric[:remaining].double(", "metric.double(")
 AGAIN = ("start=self.samples_seen // self.world_size", "start=0")
 PLANTED = [
     ("01", ("start=self.samples_seen", "start=0"), "weights"),
-    ("01", ("metric.sum(dtype=torch.float64)", "metric.sum(dtype=torch.float64) + 1"), "once"),
+    ("01", ("metric.double().sum()", "metric.double().sum() + 1"), "once"),
     ("02", AGAIN, "weights"),
     ("02", PADDED, "once"),
     ("03", ('        self.model.load_state_dict(state["model"])\n', ""), "weights"),
