@@ -6,6 +6,7 @@ one progress bar, not one for each rank.
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -18,6 +19,7 @@ import time
 
 import forks
 import pytest
+import torch
 from helpers import (
     FOLDERS,
     SHARDED,
@@ -34,6 +36,9 @@ from helpers import (
 )
 
 from common import snapshot
+from common.reporting import Reporter, ends_within_a_line
+from common.run import Run
+from common.stopping import GracefulStop
 
 # At three ranks 131 images make ten steps of 12; a sampler that pads would make eleven.
 EVERY = 4  # steps between two reports, planted; step 01 has steps enough for those that are there
@@ -293,6 +298,66 @@ def test_half_a_line_of_metrics_spoils_no_other(tmp_path):
     assert status == 0, out + err
     _, *lines = (tmp_path / "m").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["start", "train", "eval", "end"]
+
+
+@pytest.mark.parametrize(
+    ("content", "half"), [(None, False), (b"", False), (b"{}\n", False), (b"{}", True), (b"\n\n{", True)]
+)
+def test_half_a_line_is_one_without_its_end(tmp_path, content, half):
+    path = tmp_path / "m"
+    if content is not None:
+        path.write_bytes(content)
+    assert ends_within_a_line(path) is half
+
+
+@pytest.fixture
+def reporter(tmp_path, monkeypatch):
+    """Of a run of two epochs, with metrics in `m`."""
+    monkeypatch.setattr(GracefulStop, "problem", "")
+    report = Reporter(Run("01", "cnn", "noise", "float32", 0), torch.device("cpu"), tmp_path / "m")
+    report.start(range(10), epochs=2, batch_size=5, flags={"save_every": None})
+    return report
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_test_loss_that_is_not_finite_stops_the_run(reporter, tmp_path, capsys, loss):
+    """A step may have spoiled the weights after the last report; their snapshot is there already."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        reporter.evaluation(1, 20, loss, 3, 10)
+    out, err = capsys.readouterr()
+    remedy = "try a smaller --lr, and another --snapshot-dir: the newest snapshot has these weights"
+    assert out == "" and err == f"error: the test loss is {loss} after step 20; {remedy}\n"
+    assert "eval" not in (tmp_path / "m").read_text()
+
+
+def test_without_targets_there_is_no_test(reporter, tmp_path, capsys):
+    capsys.readouterr()
+    reporter.evaluation(1, 20, 0.0, 0, 0)
+    assert capsys.readouterr().out == "epoch 1/2  no test: the test set has no targets\n"
+    reporter.evaluation(2, 40, 0.5, 1, 1)  # one target is enough
+    assert "test loss 0.5000, accuracy 100.00% (1 of 1)" in capsys.readouterr().out
+    assert (tmp_path / "m").read_text().count("eval") == 1
+
+
+class AlmostFull:
+    """A disk that takes all but the last byte of a line; the next write would say why."""
+
+    name = "m"
+
+    def write(self, line):
+        return len(line) - 1
+
+
+def test_metrics_that_end_within_a_line_stop_the_run_at_its_end(reporter, capsys):
+    reporter.metrics = AlmostFull()
+    reporter.write("train", loss=1.0)
+    assert GracefulStop.problem == "cannot write m: No space left on device" and reporter.metrics is None
+    reporter.write("train", loss=1.0)  # no second attempt
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        reporter.end(20)
+    assert capsys.readouterr().err == "error: cannot write m: No space left on device\n"
 
 
 @pytest.mark.root
