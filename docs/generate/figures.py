@@ -186,7 +186,7 @@ ARITHMETIC, DEFAULT, GOAL, BY_HAND = (
 )
 KNOWN: dict[str, dict[str, str]] = {
     "README.md": {
-        "The installation takes 80 s on a fast connection, and about 5 GB": BY_HAND,
+        "the installation takes 80 s. It needs about 5 GB": BY_HAND,
         "has plans for 90 minutes": SETTING,
         "a GPU with 24 GB | a GPU with 80 GB": SETTING,
         "| 0.2 billion | 3.2 GB |": ARITHMETIC,
