@@ -203,7 +203,8 @@ def check_end(folder: Path, expected: dict[str, Any], story: str) -> None:
     assert state["global_step"] == LAST, f"ended at step {state['global_step']}, not {LAST}\n{story}"
     different = [key for key in expected if not states_equal(state[key], expected[key])]
     assert not different, f"differs from the run that was left alone in {different}\n{story}"
-    left = left_over(folder / "snapshots")
+    # The mark of a rank that was killed stays for an hour: it may be that of another run, which is starting.
+    left = [name for name in left_over(folder / "snapshots") if not name.startswith(".mark-")]
     assert not left, f"left behind: {left}\n{story}"
 
 
