@@ -1,6 +1,6 @@
 """Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none.
 
-Promise: FSDP, with each of its flags, trains what DDP trains. Its bytes per rank fall as they should.
+Promise: FSDP, with each of its flags, learns what DDP learns. Its bytes per rank fall as they should.
 Training continues while a snapshot is written.
 """
 

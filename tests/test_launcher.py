@@ -1,6 +1,6 @@
 """launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running.
 
-Promise: every command that `launch_multinode.sh` prints works. If the launcher is stopped, no process
+Promise: every command printed by `launch_multinode.sh` works. If the launcher is stopped, no process
 survives on any node. If each of two nodes has its own snapshot folder, one of the folders is enough to
 resume.
 """

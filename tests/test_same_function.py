@@ -2,8 +2,8 @@
 
 Promise: every step ends with step 01's weights and losses, within 1e-10: in float64, after 106 training
 steps, with `cnn` and `vit` (of two blocks), at 1, 2 and 3 ranks. With the same number of threads, steps 02,
-03 and 04 agree to the last bit, and so does step 05 at 1 and 2 ranks. `make test-all` runs the cases of
-`vit` at 1 and 2 ranks, and of `vit` in step 05.
+03 and 04 agree to the last bit, and so does step 05 at 1 and 2 ranks. Only `make test-all` runs `vit` at 1
+and 2 ranks, and `vit` in step 05.
 
 Promise: every test image counts exactly once, at 3 ranks too.
 """

@@ -1,7 +1,7 @@
 """A schedule of the learning rate: the curve that is promised, alike in all steps, and after a resume.
 
-Promise: a schedule scales the learning rate that each group of the optimizer was built with, and changes
-nothing else in any optimizer. `constant` changes nothing at all.
+Promise: a schedule scales the learning rate that each group of the optimizer was built with, and, with any
+optimizer, changes nothing else. `constant` changes nothing at all.
 """
 
 import shutil

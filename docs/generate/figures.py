@@ -92,12 +92,12 @@ def worst_prediction() -> list[str]:
 FIGURES: list[Figures] = [
     (
         "README.md",
-        "On {} with torch {}, training takes {} s",
+        "On an {} with torch {}, training takes {} s",
         took(".venv/bin/python compare_steps.py --data-dir data"),
     ),
     (
         "docs/reference/promises.md",
-        "On {} with torch {}, it takes {} s",
+        "On an {} with torch {}, it takes {} s",
         took(
             "python compare_steps.py --precision float64 --ranks 1,2,3 --num-samples 20480 --epochs 1 "
             "--output proof"
@@ -140,25 +140,25 @@ FIGURES: list[Figures] = [
         mutants,
     ),
     ("docs/reference/gpus.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),
-    ("01_single_gpu/README.md", "On {} with torch {}, it takes {} s", took("python 01_single_gpu/train.py")),
+    ("01_single_gpu/README.md", "On an {} with torch {}, it takes {} s", took("python 01_single_gpu/train.py")),
     (
         "02_multigpu_spawn/README.md",
-        "On {} with torch {}, this takes {} s",
+        "On an {} with torch {}, this takes {} s",
         took("python 02_multigpu_spawn/train.py --world-size 2"),
     ),
     (
         "03_multigpu_torchrun/README.md",
-        "On {} with torch {}, the command takes {} s",
+        "On an {} with torch {}, the command takes {} s",
         took("torchrun --standalone --nproc-per-node=2 03_multigpu_torchrun/train.py"),
     ),
     (
         "04_multinode/README.md",
-        "On {} with torch {}, it takes {} s",
+        "On an {} with torch {}, it takes {} s",
         took("./launch_multinode.sh --local 2 -- --num-samples 10240 --epochs 1"),
     ),
     (
         "05_fsdp/README.md",
-        "On {} with torch {}, the command above takes {} s",
+        "On an {} with torch {}, the command above takes {} s",
         took(
             "torchrun --standalone --nproc-per-node=2 05_fsdp/train.py --use-gpu 0 --num-samples 10240 "
             "--batch-size 32 --epochs 3"
@@ -166,12 +166,12 @@ FIGURES: list[Figures] = [
     ),
     (
         "04_multinode/README.md",
-        "measures this table, here on {} with torch {}. The",
+        "measures this table, here on an {} with torch {}. The",
         ran_on("python benchmarks/slow_link.py"),
     ),
     (
         "05_fsdp/REFERENCE.md",
-        "without a GPU, on {} with torch {}. The table",
+        "without a GPU, on an {} with torch {}. The table",
         ran_on("python benchmarks/fsdp_flags.py"),
     ),
 ]
