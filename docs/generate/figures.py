@@ -140,7 +140,11 @@ FIGURES: list[Figures] = [
         mutants,
     ),
     ("docs/reference/gpus.md", "its table says {} MB, the allocator's peak was {} MB", memory_on_gpu),
-    ("01_single_gpu/README.md", "On an {} with torch {}, it takes {} s", took("python 01_single_gpu/train.py")),
+    (
+        "01_single_gpu/README.md",
+        "On an {} with torch {}, it takes {} s",
+        took("python 01_single_gpu/train.py"),
+    ),
     (
         "02_multigpu_spawn/README.md",
         "On an {} with torch {}, this takes {} s",
