@@ -259,11 +259,10 @@ class SnapshotFolder:
         """Reserve the folder for this run until the process ends, however it ends. All ranks call it.
 
         A rank that `saves` does it, and `fail`s if another run has the folder. A run that is just ending is
-        waited for. On NFS, the server has the lock (man 2 fcntl).
+        waited for. The folder must exist. On NFS, the server has the lock (man 2 fcntl).
         """
         with keep_alive():  # the others wait for it
             if saves and self.lock_file is None:  # to open and close it once more would unlock it
-                check_folder(self.path)
                 self.wait_for_lock(self.path / ".lock")
 
     def wait_for_lock(self, path: Path) -> None:

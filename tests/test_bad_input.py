@@ -303,6 +303,23 @@ def test_any_of_three_compilers_will_do(tmp_path, monkeypatch, name):
     assert options.has_compiler()
 
 
+@pytest.mark.parametrize("variable", ["CC", "CXX"])
+def test_a_compiler_may_have_any_name(tmp_path, monkeypatch, variable):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "my-compiler").touch(0o755)
+    assert not options.has_compiler()
+    monkeypatch.setenv(variable, "my-compiler")
+    assert options.has_compiler()
+
+
+def test_who_compiles_nothing_needs_no_compiler(tmp_path, monkeypatch):
+    """convert.py has the same parser, and no such flag."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert vars(options.OneLineParser().parse_args([])) == {}
+
+
 @pytest.mark.parametrize("step", ["01", "03"])
 def test_no_compiler(tmp_path, step):
     (tmp_path / "bin").mkdir()

@@ -342,7 +342,7 @@ def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_
     head = "import sys\n"
     default = "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
     root = planted(tmp_path / "root", "01", (head, f"{default}{head}"))
-    flags = [*flags_for(1), "--epochs=1000", "--num-workers=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
+    flags = [*flags_for(1), "--epochs=1000", "--num-workers=1", "--use-gpu=0", "--snapshot-dir=snapshots"]
     process = start([*command("01", 1, root), *flags], tmp_path, real=True)
     try:
         wait_until(lambda: last_saved(tmp_path / "snapshots") or process.poll() is not None, "a snapshot")

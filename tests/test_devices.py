@@ -87,6 +87,16 @@ def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
         assert types == {name: {f"torch.{of}"} for of, name in KEPT}
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("step", FOLDERS)
+def test_unless_asked_nothing_is_computed_in_bf16(tmp_path, step):
+    ends = '        return F.cross_entropy(logits, labels, reduction="sum")\n'
+    root = planted(tmp_path / "root", step, (ends, f"        assert logits.dtype == torch.float32\n{ends}"))
+    ranks = 1 if step == "01" else 2
+    status, out, err = finish(start([*command(step, ranks, root), *FLAGS], tmp_path))
+    assert status == 0, out + err
+
+
 def test_objects_never_go_through_a_gpu():
     """NCCL alone would copy the pickled snapshot of step 04 onto every GPU."""
     for device, expected in (

@@ -314,7 +314,8 @@ def test_a_mark_that_a_killed_run_has_left_is_deleted(tmp_path):
     """And not one that may be another run's, which starts at the same time."""
     folder = tmp_path / "snapshots"
     folder.mkdir()
-    for name, age in ((".mark-old", 2 * 3600), (".mark-new", 0)):
+    old = [f".mark-{number}" for number in range(300)]  # so many that several ranks come to the same one
+    for name, age in (*((name, 2 * 3600) for name in old), (".mark-new", 0)):
         (folder / name).touch()
         os.utime(folder / name, times=(time.time() - age,) * 2)
     train("04", 3, tmp_path, "--num-samples=24", "--batch-size=4", "--epochs=1")

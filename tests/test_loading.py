@@ -29,7 +29,14 @@ from helpers import (
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.buckets import fix_bucket_order
-from common.loading import collate, fingerprint, group_batches, loader_options, to_device
+from common.loading import (
+    collate,
+    fingerprint,
+    group_batches,
+    loader_options,
+    seed_python_and_numpy,
+    to_device,
+)
 from common.mnist import load_mnist
 from common.reporting import Reporter
 from common.run import Run
@@ -280,5 +287,9 @@ def test_numpys_and_pythons_random_numbers_are_seeded(tmp_path):
             state = {"rng": rng_states(CPU), "path": Path("s/snapshot"), "epoch": 0, "global_step": steps}
             restore_rng(state, CPU, None, Reporter(RUN, CPU))
         drawn.append((random.random(), numpy.random.rand()))
+    seed_python_and_numpy(2**40 + 3)  # numpy takes 32 bits
+    state = numpy.random.get_state()[1]
+    numpy.random.seed(3)
+    assert (numpy.random.get_state()[1] == state).all()
     first, again, resumed = drawn
     assert first == again and first[0] != resumed[0] and first[1] != resumed[1]

@@ -36,6 +36,7 @@ from helpers import (
 )
 
 from common import snapshot
+from common.output import print_line
 from common.reporting import Reporter, ends_within_a_line
 from common.run import Run
 from common.stopping import GracefulStop
@@ -372,6 +373,14 @@ def test_without_room_for_traces_training_continues(tmp_path):
         path = f"traces/03_multigpu_torchrun-rank-{rank}.json"
         assert f"warning: rank {rank} cannot write {path}: there is no trace of it\n" in err
     assert status == 0 and re.search(r"\ndone: .*\n$", out)  # ls has found nothing half written
+
+
+def test_a_line_that_nobody_can_read_is_not_tried_again():
+    """Python would, as it ends, and end with status 120."""
+    with open("/dev/full", "w") as full:
+        print_line("one", full)
+        print("two", file=full)  # from here on it goes nowhere
+        full.flush()
 
 
 @pytest.mark.parametrize("step", ["01", "03", "05"])

@@ -356,11 +356,14 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
     """While the first one runs; and one that was killed leaves nothing locked."""
     ranks = 1 if step == "01" else 3
     shared = ["--num-samples=96", "--batch-size=4", "--use-gpu=0", "--snapshot-dir=s"]
+    shared += (
+        ["--timeout=5"] if step > "01" else []
+    )  # in which the ranks must not give up on the one that waits
     endless = start([*command(step, ranks), *shared, "--epochs=9999", "--save-every=1"], tmp_path)
     try:
         wait_until(lambda: len(saved(tmp_path / "s")) > 1, "a snapshot")
         root = planted(
-            tmp_path / "root", "common/snapshot.py", ("FOR_THE_LAST_RUN = 20.0", "FOR_THE_LAST_RUN = 0.5"),
+            tmp_path / "root", "common/snapshot.py", ("FOR_THE_LAST_RUN = 20.0", "FOR_THE_LAST_RUN = 6.0"),
             steps=(step,),
         )  # fmt: skip
         status, _, err = finish(start([*command(step, ranks, root), *shared, "--epochs=1"], tmp_path))
@@ -371,7 +374,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
         kill([endless.pid, *children(endless.pid)])
         finish(endless)
     last = last_saved(tmp_path / "s")
-    flags = [*shared[:-1], "--snapshot-dir=s", f"--epochs={last // (96 // 4 // ranks) + 1}"]
+    flags = [*shared, f"--epochs={last // (96 // 4 // ranks) + 1}"]
     status, out, err = finish(start([*command(step, ranks), *flags], tmp_path))
     print(status, out, err)
     assert status == 0 and "resumed from s" in out

@@ -101,6 +101,11 @@ def test_the_newest_comes_back_and_three_are_kept(folder):
     assert torch.equal(loaded["model"]["w"], state(100_000_000)["model"]["w"])
 
 
+def test_verbose_it_says_what_it_has_saved(tmp_path, capsys):
+    snapshot.SnapshotFolder(tmp_path, RUN, verbose=True).save(state(10))
+    assert capsys.readouterr().out == f"[rank 0] saved {tmp_path / 'snapshot-00000010.pt'}\n"
+
+
 def test_unless_asked_it_says_nothing(tmp_path, capsys):
     snapshot.SnapshotFolder(tmp_path, RUN).save(state(10))
     Reporter(RUN, torch.device("cpu")).detail("what only --verbose shows")
