@@ -18,9 +18,8 @@ def may_go_away(stream: TextIO) -> Iterator[None]:
         yield
         stream.flush()
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
         if stream is sys.stdout:
             reason = f"cannot write to standard output: {error.strerror}"
             print_line(f"warning: {reason}; nothing more is printed there", sys.stderr)

@@ -6,6 +6,7 @@ torchrun, this line is also the last one on the screen.
 
 import json
 import os
+import resource
 import socket
 import sys
 
@@ -285,6 +286,20 @@ def test_an_error_is_told_where_torchruns_file_cannot_be_written(tmp_path):
     words = [sys.executable, str(ROOT / FOLDERS["03"] / "train.py"), "--epochs=0"]
     status, out, err = finish(start(words, tmp_path, **extra))
     assert status == 2 and len(errors(err)) == 1 and "Traceback" not in err, out + err
+
+
+def test_half_an_error_is_not_left_for_torchrun(tmp_path, monkeypatch):
+    """It could not be read, and torchrun would show that instead; here, a limit stands for a full disk."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
+    _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))  # bytes
+    try:
+        options.tell_torchrun("planted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "error").exists()
+    options.tell_torchrun("planted")
+    assert json.loads((tmp_path / "error").read_text())["message"]["message"] == "planted"
 
 
 def test_the_status_is_right_where_an_error_cannot_be_printed(tmp_path):
