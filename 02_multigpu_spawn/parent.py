@@ -1,4 +1,4 @@
-"""The parent of the ranks: it waits for them, and forwards the signals that it gets."""
+"""The parent of the ranks: it waits for them, and forwards the signals that it receives."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from common.stopping import SIGNALS
 
 
 def join(context):
-    """In the parent of `mp.spawn(…, join=False)`: forward signals to the ranks, and end as they do."""
+    """In the parent of `mp.spawn(…, join=False)`: forward signals to the ranks, exit with their status."""
     received = []
 
     def forward(number, frame):

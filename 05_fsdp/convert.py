@@ -1,4 +1,4 @@
-"""Make a plain snapshot of a sharded one, or the other way: so a run moves between step 05 and the rest.
+"""Convert a sharded snapshot to a plain one, or back, to move a run between step 05 and the other steps.
 
     python 05_fsdp/convert.py checkpoints/05_fsdp/cnn-mnist/snapshot-00000937        # writes ….pt beside it
     python 05_fsdp/convert.py checkpoints/04_multinode/cnn-mnist/snapshot-00000937.pt     # writes a folder

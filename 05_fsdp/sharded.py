@@ -4,8 +4,8 @@
 `state.pt` the rest of what common/snapshot.py's files hold. Until it is whole it has another name.
 
 torch also writes `.metadata`, which says where each part of each tensor is. It is a pickle of torch's own
-classes: what a pickle holds depends on the versions of Python and torch, and loading one can run any code.
-So this file is never loaded here. `state.pt` has the same as numbers and strings, its `layout`.
+classes: its content depends on the versions of Python and torch, and loading it can run any code. So this
+file is never loaded here. `state.pt` has the same information as numbers and strings, in its `layout`.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ def count_gpus() -> int:
 
 
 def setup_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int = 0) -> torch.device:
-    """The device for process number `local_rank` of this machine, which runs `local_world_size` of them.
+    """The device for process number `local_rank` of the `local_world_size` processes on this machine.
 
     Without `local_world_size`, torchrun's variable of that name counts. The processes divide the cores
     between them, unless OMP_NUM_THREADS is set: torchrun sets it to 1. On a GPU, float32 matrices are

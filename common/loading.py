@@ -1,4 +1,4 @@
-"""Batches: how a DataLoader makes them, and how they come to the device."""
+"""Batches: how a DataLoader makes them, and how they get to the device."""
 
 import atexit
 import multiprocessing
@@ -44,7 +44,7 @@ def loader_options(num_workers: int, device: torch.device) -> dict[str, Any]:
 
 
 def seed_python_and_numpy(seed: int) -> None:
-    """Seed what datasets draw from besides torch. In its workers, a DataLoader does so."""
+    """Seed the other generators that datasets draw from. In worker processes, the DataLoader does it."""
     random.seed(seed)
     if "numpy" in sys.modules:  # torch imports it where it is installed
         sys.modules["numpy"].random.seed(seed % 2**32)
@@ -53,7 +53,7 @@ def seed_python_and_numpy(seed: int) -> None:
 def check_socket_paths() -> None:
     """`fail` if the temporary folder's name is too long for the sockets through which workers send tensors.
 
-    The workers would say so, each for itself, and the process would wait for its first batch forever.
+    Otherwise, each worker would report it, and this process would wait forever for its first batch.
     """
     longest = 107 if sys.platform == "linux" else 103  # bytes of a socket's name: man 7 unix
     name = "/pymp-12345678/listener-12345678"  # in Python's multiprocessing
@@ -104,7 +104,7 @@ def fingerprint(data: Any) -> str:
 
 
 def ignore_signals(worker: int) -> None:
-    """In a worker process: signals are for the rank, which needs batches until it has saved."""
+    """In a worker process: ignore signals, because the rank needs batches until it has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -113,7 +113,7 @@ def ignore_signals(worker: int) -> None:
 def end_workers() -> None:
     """End the workers of a loader that an error has kept alive.
 
-    Python would send them SIGTERM, which they ignore, and wait for them forever.
+    Otherwise, Python would send them SIGTERM, which they ignore, and wait for them forever.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for child in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""MNIST as one tensor, or synthetic digits in its place: an index makes a batch, and no PIL picture."""
+"""MNIST, or synthetic digits in its place, as tensors: an index gives a whole batch, without PIL images."""
 
 import http.client
 import os

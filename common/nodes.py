@@ -1,4 +1,4 @@
-"""What several machines need: the same code and data, a look at who shares a disk, a copy of a snapshot."""
+"""For several machines: compare code and data, find out who shares a disk, and copy a snapshot."""
 
 import contextlib
 import os
@@ -137,7 +137,7 @@ def send_file(path: Path, source: int, group: Any) -> None:
 def receive_file(path: Path, source: int, group: Any) -> None:
     """Write the file that `send_file` sends. It has its name when all of it is on the disk.
 
-    Raises OSError, but not before all of the file has come: the sender does not know, and goes on sending.
+    Raises OSError, but not before the whole file has come: the sender does not know, and keeps sending.
     """
     size = torch.tensor(0)
     dist.broadcast(size, src=source, group=group)

@@ -1,4 +1,4 @@
-"""The flags that every step shares, and the one way of telling a user what went wrong."""
+"""The flags that all steps share, and how a script reports what went wrong."""
 
 import argparse
 import contextlib
@@ -20,10 +20,10 @@ from common.output import print_line
 
 
 def fail(message: str) -> NoReturn:
-    """Print `error: message` and exit with status 2: for what the user can put right.
+    """Print `error: message` and exit with status 2: for mistakes that the user can fix.
 
-    Most mistakes are made on all ranks of a machine. Local rank 0 says so, and the others wait until the
-    launcher ends them (SIGTERM). One that is not ended was alone with its mistake, and says it.
+    Most mistakes are made on all ranks of a machine. Local rank 0 prints the message, and the others wait
+    until the launcher ends them (SIGTERM). A rank that is not ended was the only one, and prints it itself.
     """
     tell_torchrun(f"error: {message}")
     if os.environ.get("LOCAL_RANK", "0") != "0":

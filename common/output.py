@@ -11,8 +11,8 @@ from typing import TextIO
 def may_go_away(stream: TextIO) -> Iterator[None]:
     """Around writing to `stream`, which is sys.stdout or sys.stderr: an error there does not end the run.
 
-    A terminal may be closed, and the disk of a log full. From then on, `stream` writes nowhere: else Python
-    would try again as it ends, and end with status 120.
+    A terminal may be closed, or the disk of a log may be full. From then on, `stream` writes nowhere.
+    Otherwise, Python would try again at its exit, and exit with status 120.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The process group: its backends, its beginning and end, and work in it that may take any time."""
+"""The process group: its backends, its start and end, and work in it that may take any amount of time."""
 
 import contextlib
 import gc
@@ -124,7 +124,7 @@ def release_process_group() -> None:
 
 
 def release_meshes() -> None:
-    """Let go of the process groups that device meshes hold, such as step 05's.
+    """Release the process groups that device meshes hold, such as step 05's.
 
     DTensor's caches keep meshes forever, and torch has no public way to empty a mesh (2.11 to 2.14;
     test_real_start.py fails without this, and where torch has renamed the attribute).

@@ -1,4 +1,4 @@
-"""What a run tells its reader: lines, on a terminal a progress bar, and the metrics file."""
+"""What a run reports: lines, a progress bar on a terminal, and the metrics file."""
 
 import atexit
 import errno
@@ -249,7 +249,7 @@ class Reporter:
 
 
 def ends_within_a_line(path: Path) -> bool:
-    """Whether the last line of a file is half a line, as a run leaves it when a disk is full."""
+    """Whether a file ends in the middle of a line, as it may after the disk was full."""
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:

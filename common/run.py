@@ -1,4 +1,4 @@
-"""What a run is: by this a snapshot knows whether it belongs to it."""
+"""What identifies a run, so that a snapshot can be matched to it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ OFTEN_CHANGED = {"epochs", "lr", "batch_size", "accumulate"}
 
 @dataclass(frozen=True)
 class Run:
-    """One training, also when it is interrupted and resumed."""
+    """One training, which may be interrupted and resumed."""
 
     step: str  # the folder of its train.py
     model: str

@@ -1,4 +1,4 @@
-"""Snapshot files: a kill at any moment leaves a good one, and none is believed unchecked.
+"""Snapshot files: a kill at any moment leaves a good one, and every one is checked before it is used.
 
 A snapshot is `snapshot-<global step, 8 digits>.pt`: a dictionary, as `torch.save` writes it, then the
 versions of Python and torch that wrote it, then the CRC-32 of everything before it.
@@ -256,17 +256,17 @@ class SnapshotFolder:
         return state
 
     def lock(self, saves: bool) -> None:
-        """Reserve the folder for this run until the process ends, however it ends. All ranks call it.
+        """Reserve the folder for this run until this process ends, in whatever way. All ranks call it.
 
-        A rank that `saves` does it, and `fail`s if another run has the folder. A run that is just ending is
-        waited for. The folder must exist. On NFS, the server has the lock (man 2 fcntl).
+        A rank that `saves` does it, and `fail`s if another run has the folder. It waits for a run that is
+        ending. The folder must exist. On NFS, the server has the lock (man 2 fcntl).
         """
         with keep_alive():  # the others wait for it
             if saves and self.lock_file is None:  # to open and close it once more would unlock it
                 self.wait_for_lock(self.path / ".lock")
 
     def wait_for_lock(self, path: Path) -> None:
-        """Lock the file `path`, or `fail` when another process does not unlock it soon."""
+        """Lock the file `path`, or `fail` if another process does not unlock it soon."""
         try:
             self.lock_file = path.open("a")
         except OSError as error:
@@ -307,7 +307,7 @@ class SnapshotFolder:
                 fail(f"{path} {difference}{writer}: use the same, or another --snapshot-dir")
 
     def check_flags(self, state: dict[str, Any]) -> None:
-        """Say which flags differ from those in the snapshot `state`; `fail` at one that is seldom meant."""
+        """Report flags that differ from those in the snapshot `state`; `fail` if one rarely should."""
         before = state.get("flags", {})
         if not isinstance(before, dict):
             fail(f"{state['path']} has flags that are no dict: use another --snapshot-dir")
@@ -325,13 +325,13 @@ class SnapshotFolder:
 
 
 def delete_old(folder: Path) -> None:
-    """Delete all files of snapshots but the newest three. Raises OSError."""
+    """Delete the files of all snapshots except the newest three. Raises OSError."""
     for path in snapshots(folder)[KEEP:]:
         path.unlink()
 
 
 def delete_unfinished(folder: Path, but: Path | None = None) -> None:
-    """Delete what killed saves have left, `but` one: it may fill the disk. Raises OSError."""
+    """Delete what killed saves have left behind, except `but`: it may fill the disk. Raises OSError."""
     for path in folder.glob(".snapshot-*.tmp"):
         if path == but:
             continue
@@ -386,7 +386,7 @@ def restore_rng(
 
 
 def keep_kernels(saved_groups: list[dict[str, Any]], optimizer: Optimizer) -> None:
-    """Before `optimizer` loads `saved_groups`: let it compute as it was built to, on this device."""
+    """Before `optimizer` loads `saved_groups`: keep the kernels that it was built with, for this device."""
     # If the numbers of groups differ, load_state_dict says so.
     for saved, built in zip(saved_groups, optimizer.param_groups, strict=False):
         for name in ("fused", "foreach"):

@@ -1,4 +1,4 @@
-"""Stopping gracefully: a signal ends all ranks after the same step, when a snapshot is saved."""
+"""Graceful stopping: after a signal, all ranks save a snapshot after the same step, and exit."""
 
 import contextlib
 import multiprocessing
@@ -31,7 +31,7 @@ SECONDS_FOR_A_BATCH = 10.0  # after a signal; schedulers often give a process 30
 
 
 class GracefulStop:
-    """Lets all ranks stop after the same step when one of them has had a signal.
+    """Lets all ranks stop after the same step when one of them has received a signal.
 
     A rank that stopped alone would leave the others waiting in their next collective. So the ranks vote: an
     `all_reduce` over gloo, which begins in one step and is read in the next, while training continues.
@@ -42,9 +42,9 @@ class GracefulStop:
     waiting_since: float | None = None  # since when this process has waited for a batch
 
     def __init__(self, timeout: float = 0.0):
-        """From now on, a SIGTERM, Ctrl-C or SIGHUP does not end this process.
+        """From now on, SIGTERM, Ctrl-C and SIGHUP do not end this process at once.
 
-        A second one does, if it is not SIGHUP, and comes more than a second after the first.
+        A second SIGTERM or Ctrl-C does, if it comes more than a second after the first signal.
 
         `timeout` is the process group's, in seconds. Without a process group it is not used.
         """
@@ -83,8 +83,8 @@ class GracefulStop:
     def batches(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """The batches of `loader`. `fail`s if one of its worker processes has died.
 
-        A process that has had a signal waits ten seconds for a batch at most. Then it ends, without saving:
-        the other ranks are in the step already, and wait for it.
+        After a signal, a process waits at most ten seconds for a batch. Then it exits without saving, because
+        the other ranks are already in the step, and wait for this one.
         """
         GracefulStop.waiting_since = time.monotonic()
         try:
@@ -120,9 +120,9 @@ class GracefulStop:
         self.next_vote = began + max(1, min(STEPS_BETWEEN_VOTES, steps))
 
     def exit(self, report: "Reporter", global_step: int) -> None:
-        """End this process with the status that shells give to a signal, when all ranks are here.
+        """Exit, once all ranks are here, with the status that shells give to a signal.
 
-        If one of them has a problem, all `fail` with it.
+        If one of the ranks has a problem, all ranks `fail` with it.
         """
         problems = [GracefulStop.problem]
         if self.group is not None:
@@ -140,7 +140,7 @@ class GracefulStop:
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """An iterator over `loader`, which starts its worker processes. `fail`s if the system has none left."""
+    """An iterator over `loader`, which starts its worker processes. `fail`s if the system starts no more."""
     try:
         return iter(loader)
     except OSError as error:
@@ -148,7 +148,7 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def worker_has_died(loader: DataLoader[Any], error: Exception) -> bool:
-    """Whether `error` is that of a `loader` that has lost a worker process, and not one of its dataset."""
+    """Whether `error` means that `loader` has lost a worker process, and does not come from the dataset."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker (pid" in str(error) or "Pin memory thread exited" in str(error)
     # Or a lost connection, if a batch was on its way. What a dataset raises in a worker begins with "Caught".
@@ -157,9 +157,10 @@ def worker_has_died(loader: DataLoader[Any], error: Exception) -> bool:
 
 
 def end_with_launcher() -> None:
-    """From now on, send this process SIGTERM when the one that has started it has ended.
+    """From now on, send this process SIGTERM when its parent has ended.
 
-    Before training, it ends then, whatever it waits for. During training, all ranks save first.
+    Before training, the signal ends this process, whatever it is waiting for. During training, all ranks save
+    first.
     """
     launcher = os.getppid()
 
@@ -173,7 +174,7 @@ def end_with_launcher() -> None:
 
 
 def ask_to_stop(problem: str) -> None:
-    """Let all ranks save after the step that is under way, and `fail` with this `problem`."""
+    """Let all ranks save after the current step, and then `fail` with this `problem`."""
     GracefulStop.problem = GracefulStop.problem or problem
 
 
@@ -185,7 +186,7 @@ def own_reason() -> int:
 def watch_signals() -> None:
     """From now on signals are noted in `GracefulStop.received`; a second SIGTERM or Ctrl-C ends the process.
 
-    A thread waits for the second: Python runs no handler while the main thread waits in a collective.
+    A thread waits for it, because Python runs no handler while the main thread waits in a collective.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or not survives_hangup():
@@ -213,8 +214,8 @@ def note_signal(number: int, frame: Any) -> None:
 def watch_for_the_end(reader: int) -> None:
     """End this process when `reader` gives the number of a second SIGTERM or Ctrl-C.
 
-    Those in the second after the first one are the same: a terminal and the launcher both send it. Also end
-    it when, after a signal, no batch has come for SECONDS_FOR_A_BATCH.
+    Signals within a second after the first one do not count, because a terminal and the launcher both send
+    one. Also end the process if, after a signal, no batch has come for SECONDS_FOR_A_BATCH.
     """
     first, first_at = 0, 0.0
     while True:
@@ -232,7 +233,7 @@ def watch_for_the_end(reader: int) -> None:
 
 
 def end_now(number: int, why: str) -> None:
-    """End this process, whatever it does, with the status that shells give to a signal."""
+    """End this process, whatever it is doing, with the status that shells give to a signal."""
     rank = f"rank {dist.get_rank()} has " if dist.is_initialized() else ""
     lost = "ends at once, and what was trained after the last snapshot is lost"
     with contextlib.suppress(OSError):  # the terminal may be gone
