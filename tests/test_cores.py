@@ -43,6 +43,17 @@ def test_the_cores_are_those_that_the_process_may_use(tmp_path):
             math.inf,
         ),
     ],
+    ids=[
+        "no file",
+        "no limit",
+        "a part",
+        "a group in a group",
+        "above",
+        "colon",
+        "another's",
+        "docker",
+        "both",
+    ],
 )
 def test_the_limits_of_linux_control_groups_count(tmp_path, groups, files, cores):
     """As files: making such groups needs root, and a kernel that has the version."""
