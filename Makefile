@@ -26,13 +26,13 @@ test-all: .venv/installed-dev
 # Not from .venv: a GPU's machine comes with a torch that fits its driver. Without pytest-xdist, so no addopts.
 gpu:
 	GPU_PRETEND=$(GPU_PRETEND) $(PYTHON) -m pytest -o addopts= -ra --durations=0 --durations-min=1 --all $(ARGS) \
-		tests/test_gpu.py
+		tests/clusters/test_gpu.py
 
 soak: .venv/installed-dev
-	$(VENV)/python tests/soak.py $(ARGS)
+	$(VENV)/python tests/harness/soak.py $(ARGS)
 
 mutants: .venv/installed-dev
-	$(VENV)/python tests/mutants.py --data-dir $(DATA_DIR) $(ARGS)
+	$(VENV)/python tests/harness/mutants.py --data-dir $(DATA_DIR) $(ARGS)
 
 bench: .venv/installed
 	$(VENV)/python benchmarks/bench.py --data-dir $(DATA_DIR) $(ARGS)
@@ -50,7 +50,7 @@ lint: .venv/installed-dev
 
 clean:
 	rm -rf .venv checkpoints .mutants comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache \
-		tests/browser/node_modules
+		tests/pages/browser/node_modules
 
 # Touched last, so that an installation that was interrupted is done again.
 .venv/installed: requirements.txt

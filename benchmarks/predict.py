@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "harness")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from hosts import WHY, network, possible  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks import bench, slow_link, speedrun  # noqa: E402
-from benchmarks.hosts import WHY, network, possible  # noqa: E402
 from benchmarks.in_rank import load  # noqa: E402
 from common.models import build_model  # noqa: E402
 from common.options import warn  # noqa: E402

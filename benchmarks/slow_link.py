@@ -2,7 +2,7 @@
 
     sudo .venv/bin/python benchmarks/slow_link.py
 
-Needs root, for two hosts in namespaces (see hosts.py). Each has one rank with one thread.
+Needs root, for two hosts in namespaces (see tests/harness/hosts.py). Each has one rank with one thread.
 """
 
 import json
@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "harness")]
 
-from benchmarks.hosts import WHY, commands_for, network, possible  # noqa: E402
+from hosts import WHY, commands_for, network, possible  # noqa: E402
+
 from common.cores import count_cores  # noqa: E402
 from common.options import fail  # noqa: E402
 

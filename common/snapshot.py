@@ -259,7 +259,7 @@ class SnapshotFolder:
         """Reserve the folder for this run until this process ends, in whatever way. All ranks call it.
 
         A rank that `saves` does it, and `fail`s if another run has the folder. It waits for a run that is
-        ending. The folder must exist. On NFS, the server has the lock (man 2 fcntl).
+        ending. On NFS, the server has the lock (man 2 fcntl).
         """
         with keep_alive():  # the others wait for it
             if saves and self.lock_file is None:  # to open and close it once more would unlock it
@@ -268,6 +268,7 @@ class SnapshotFolder:
     def wait_for_lock(self, path: Path) -> None:
         """Lock the file `path`, or `fail` if another process does not unlock it soon."""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.lock_file = path.open("a")
         except OSError as error:
             fail(f"cannot write {path}: {error.strerror}; {REMEDY}")

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("helpers", "soak")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
@@ -49,7 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header() -> str:
     """What the word of these tests is worth."""
-    gpus = "GPUs: " + str(torch.cuda.device_count() or "none; tests/test_gpu.py pretends, on CPUs")
+    gpus = "GPUs: " + str(torch.cuda.device_count() or "none; tests/clusters/test_gpu.py pretends, on CPUs")
     return f"{gpus}; SEED={os.environ[SEED]} draws the same samples"
 
 

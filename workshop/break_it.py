@@ -52,9 +52,8 @@ def copy_project(to: Path, card: Path) -> None:
     """Copy what the commands need: the steps, `common`, the launcher, and the card's own scripts."""
     for folder in [ROOT / "common", *ROOT.glob("0[1-9]_*")]:
         shutil.copytree(folder, to / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
-    (to / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks" / "hosts.py", to / "benchmarks")
-    for file in [ROOT / "launch_multinode.sh", *card.parent.glob("*.py"), *card.glob("*.py")]:
+    hosts = ROOT / "tests" / "harness" / "hosts.py"
+    for file in [ROOT / "launch_multinode.sh", hosts, *card.parent.glob("*.py"), *card.glob("*.py")]:
         shutil.copy(file, to)
 
 

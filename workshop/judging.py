@@ -5,7 +5,7 @@ and a `judge.py`, which has a list of promises. A promise is a function that eve
 learner's functions, and returns what it expects and what it has seen. Here the ranks are started, ended if
 they hang, and compared. An exercise that is a whole script has a function `judge` instead, see turning.py.
 
-A rank is a fork of this process, which has imported torch (tests/forks.py): an answer takes a second.
+A rank is a fork of this process, which has imported torch (tests/harness/forks.py): an answer takes a second.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "harness"), str(HERE)]
 
 import forks  # noqa: E402
 import torch  # noqa: E402

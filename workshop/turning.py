@@ -22,7 +22,7 @@ from typing import Any
 from break_it import end_all
 from judging import ROOT, Verdict
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "harness"))
 
 from helpers import FOLDERS, SHARDED, Run, read_run
 

@@ -213,14 +213,15 @@ def flags_table(old: str, shared: bool) -> str:
 
 def promises_table(old: str) -> str:
     """The paragraphs of the tests' docstrings that begin with `Promise:`, the files in their old order."""
-    files = re.findall(r"tests/(test_\w+\.py)\)", old)
-    files += sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in files)
+    files = re.findall(r"tests/(\w+/test_\w+\.py)\)", old)
+    files += sorted(str(path.relative_to(ROOT / "tests")) for path in ROOT.glob("tests/*/test_*.py"))
     rows = []
     for file in dict.fromkeys(files):
         text = ast.get_docstring(ast.parse((ROOT / "tests" / file).read_text())) or ""
         for paragraph in text.split("\n\n"):
             if paragraph.startswith("Promise: "):
-                rows.append([" ".join(paragraph.split()[1:]).rstrip("."), f"[{file}](../../tests/{file})"])
+                name = Path(file).name
+                rows.append([" ".join(paragraph.split()[1:]).rstrip("."), f"[{name}](../../tests/{file})"])
     return "".join(map(row_of, [["promise", "test"], ["---"] * 2, *rows]))
 
 

@@ -1,6 +1,6 @@
 """Train on two hosts, pull the cable of one, and see what they say: for card 16, in its copy of the project.
 
-Needs root: the hosts are processes in Linux namespaces, see benchmarks/hosts.py.
+Needs root: the hosts are processes in Linux namespaces, see tests/harness/hosts.py.
 """
 
 import sys
@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.hosts import WHY, commands_for, network, possible
+from hosts import WHY, commands_for, network, possible
 
 SECONDS = 30  # in which both nodes must have noticed, with a timeout of five
 FLAGS = ["--num-samples=480", "--batch-size=12", "--epochs=100000", "--save-every=1", "--use-gpu=0"]
@@ -34,7 +34,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch, network(Path(scratch, "net"), 2) as net:
         second = net.hosts[1]
         flags = [*FLAGS, "--timeout=5", f"--snapshot-dir={net.disk}/snapshots"]
-        commands = commands_for(["node1", "node2"], "--nproc-per-node=1", "--", *flags)
+        words = ["--nproc-per-node=1", "--", *flags]
+        commands = commands_for(["node1", "node2"], *words, root=Path(__file__).parent)
         running = {host: host.start(commands[host.name]) for host in net.hosts}
         if not wait_for(lambda: newest(second) >= 20, 90):
             sys.exit(f"error: node2 is at step {newest(second)} after 90 s, and not at step 20")

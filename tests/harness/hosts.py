@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMESPACES = ["--net", "--uts", "--mount", "--pid"]
 WHY = "needs root, and the commands unshare, nsenter (util-linux) and ip (iproute2): sudo make test-all"
 

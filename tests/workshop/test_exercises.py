@@ -64,7 +64,7 @@ def test_the_starter_says_what_to_write(tmp_path, number):
         assert any(hole in said for hole in holes)
 
 
-WRONG = tomllib.loads((ROOT / "tests" / "wrong_answers.toml").read_text())["wrong"]
+WRONG = tomllib.loads((ROOT / "tests" / "workshop" / "wrong_answers.toml").read_text())["wrong"]
 
 
 def test_each_exercise_knows_four_mistakes():

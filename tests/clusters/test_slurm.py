@@ -24,8 +24,8 @@ from helpers import (
     planted,
     read_run,
 )
+from hosts import WHY, network, possible
 
-from benchmarks.hosts import WHY, network, possible
 from common.snapshot import snapshots
 
 NEEDED = ["slurmctld", "slurmd", "sbatch", "munged"]

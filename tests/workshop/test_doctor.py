@@ -21,8 +21,8 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, Started, errors, finish, paths, start
+from hosts import WHY, possible
 
-from benchmarks.hosts import WHY, possible
 from common import mnist
 from workshop import doctor
 

@@ -157,7 +157,7 @@ def test_help_and_bad_flags_are_answered(tmp_path, script, flag, status):
 
 PROGRAMS = ["compare_steps.py", "05_fsdp/convert.py", "workshop/doctor.py", "workshop/check.py"]
 PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.py"]
-PROGRAMS += ["benchmarks/bench.py", "tests/soak.py", "tests/mutants.py"]
+PROGRAMS += ["benchmarks/bench.py", "tests/harness/soak.py", "tests/harness/mutants.py"]
 PROGRAMS += [f"{FOLDERS[step]}/train.py" for step in ("02", "05")]  # which have modules beside them
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import FOLDERS, ROOT, command, errors, finish, kill, start
+from hosts import WHY, possible
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, get_worker_info
-
-from benchmarks.hosts import WHY, possible
 
 TORCH = Path(torch.__file__).parent
 PAGES = {

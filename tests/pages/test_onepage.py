@@ -36,8 +36,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PACKAGES = ROOT / "tests" / "browser" / "node_modules"
-INSTALL = "npm install --prefix tests/browser --no-package-lock --ignore-scripts"
+PACKAGES = ROOT / "tests" / "pages" / "browser" / "node_modules"
+INSTALL = "npm install --prefix tests/pages/browser --no-package-lock --ignore-scripts"
 SIZES = {"phone": (390, 844), "laptop": (1280, 800), "projector": (1920, 1080)}
 URL = onepage.PAGE.as_uri()
 ALL = {f"{step}-{stop.name}": stop for step in FOLDERS for stop in stops(step)}
@@ -48,7 +48,7 @@ DIFF = [sys.executable, str(ROOT / "workshop" / "diff_steps.py")]
 def package(path):
     """A file of an npm package; without it, the test is skipped."""
     if not (PACKAGES / path).exists():
-        pytest.skip(f"tests/browser has no {path.partition('/')[0]}: {INSTALL}")
+        pytest.skip(f"tests/pages/browser has no {path.partition('/')[0]}: {INSTALL}")
     return PACKAGES / path
 
 

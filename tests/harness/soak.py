@@ -1,8 +1,8 @@
 """Interrupt training at random moments, start it again with the same command, and compare how it ends.
 
-    python tests/soak.py                          # make soak: 100 interruptions, and 20 restarts by torchrun
-    python tests/soak.py --kills 10 --seed 7      # fewer; all seeds are printed
-    python tests/soak.py --ranks 3,4              # only at these world sizes; otherwise 2, 3 and 4
+    make soak                              # 100 interruptions, and 20 restarts by torchrun
+    make soak ARGS="--kills 10 --seed 7"   # fewer; all seeds are printed
+    make soak ARGS="--ranks 3,4"           # only at these world sizes; otherwise 2, 3 and 4
 
 A run of a step is interrupted several times, in a different way each time, and must end with the weights
 and the optimizer's state of a run that was left alone, bit for bit. Needs Linux's /proc.

@@ -1,6 +1,6 @@
 """Runs tests of the copy of the repository that it lies in, for mutants.py, which starts it there in a fork.
 
-python tests/judge.py FOLDER       asked in FOLDER/asked.json, answered in FOLDER/answer.json
+python tests/harness/judge.py FOLDER       asked in FOLDER/asked.json, answered in FOLDER/answer.json
 """
 
 import json
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `
 import forks
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Judge:
@@ -84,7 +84,8 @@ def judge(asked: dict[str, Any], answer: Path) -> None:
     try:
         import helpers  # noqa: F401
     except (Exception, SystemExit) as error:  # of the mutant: no test can begin
-        plugin.killer, plugin.why = "tests/helpers.py", f"{type(error).__name__}: {error}".splitlines()[0]
+        plugin.killer = "tests/harness/helpers.py"
+        plugin.why = f"{type(error).__name__}: {error}".splitlines()[0]
     flags = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--all", f"--basetemp={ROOT.parent / 'tmp'}"]
     flags += [] if traces else ["-x"]
     flags += [f"--data-dir={asked['data_dir']}"] if asked["data_dir"] else []

@@ -37,8 +37,8 @@ from helpers import (
     wait_for_step,
     wait_until,
 )
+from hosts import WHY, commands_for, network, possible
 
-from benchmarks.hosts import WHY, commands_for, network, possible
 from common.snapshot import snapshots
 
 SCRIPT = str(ROOT / "launch_multinode.sh")

@@ -316,7 +316,9 @@ def test_what_the_page_says_of_gpus_is_recorded():
         "test_two_ranks_on_one_card_end_where_step_01_ends[nccl]"
     ]
     ran = {name.partition("[")[0] for name in record["tests"]}
-    tests = set(re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.M))
+    tests = set(
+        re.findall(r"^def (test_\w+)", (ROOT / "tests" / "clusters" / "test_gpu.py").read_text(), re.M)
+    )
     assert ran <= tests and tests - ran == set(re.findall(r"`(test_\w+)`", page))
     day = datetime.date.fromisoformat(record["date"])
     torch = record["torch"].partition("+")[0]

@@ -68,6 +68,25 @@ def test_each_kind_of_place_is_found():
     }
 
 
+def keys(source):
+    """The keys of a file's mutants, with what stands in the place of each."""
+    return {
+        mutant.key: mutant.source.splitlines()[mutant.line - 1]
+        for mutant in mutants_of("common/example.py", source)
+    }
+
+
+def test_a_mutant_is_the_same_while_its_line_is_the_same():
+    """A record of one line must not become the record of another one that has the same number in it."""
+    before = keys("def f(x):\n    x += 1  # so\n    return 2 + 2\n")
+    moved = keys("def f(x):\n    y = 1\n    x += 1  # for another reason\n    return 2 + 2\n")
+    changed = keys("def f(x):\n    x -= 1\n    return 2 + 2\n")
+    assert before.keys() < moved.keys()
+    lost = before.keys() - changed.keys()
+    assert {before[key] for key in lost} == {"    pass  # so", "    x += 2  # so"} and len(lost) == 2
+    assert len(before.keys() & changed.keys()) == len(before) - 2 > 2  # `2 + 2` has two twos in it
+
+
 def test_the_places_of_a_shell_script_are_its_commands():
     source = "#!/bin/bash\n# none\nif a; then\n    b \\\n        c\nfi\nd <<'END'\ntext\nEND\n"
     assert [mutant.source for mutant in mutants_of("example.sh", source)] == [
@@ -120,13 +139,13 @@ def test_what_its_test_does_not_catch_is_forgotten(tmp_path):
     caught = [key for key, by in known().items() if key[0] == "common/synthetic.py" and by]
     tests = [
         known()[caught[0]],
-        "tests/test_mutants.py::test_each_kind_of_place_is_found",
+        "tests/harness/test_mutants.py::test_each_kind_of_place_is_found",
         "tests/gone.py::a",
     ]
     record = root / mutants.KNOWN.relative_to(ROOT)
     lines = [json.dumps([*key, by]) for key, by in zip(caught, tests, strict=False)]
     record.write_text("\n".join(lines))
-    words = [sys.executable, "tests/mutants.py", "--check", "--only=common/synthetic.py", "--lanes=1"]
+    words = [sys.executable, "tests/harness/mutants.py", "--check", "--only=common/synthetic.py", "--lanes=1"]
     status, out, err = finish(start(words, root))
     print(out, err)
     assert status == 0 and f"not caught by {tests[1]}" in out and f"not caught by {tests[2]}" in out

@@ -12,8 +12,8 @@ of a set: all forks hash alike, and read PYTHON… variables too late. Tests tha
 process: `start(…, real=True)` in helpers.py. How an interpreter ends, a fork shows with the variable
 TESTS_REAL_END; without it, it saves the half second that this takes.
 
-    python tests/forks.py serve SOCKET          the server; ends when its standard input does
-    python tests/forks.py run python …          a client: stands in for `python`, on the PATH of a test
+    python forks.py serve SOCKET          the server; ends when its standard input does
+    python forks.py run python …          a client: stands in for `python`, on the PATH of a test
 """
 
 import array

@@ -23,7 +23,7 @@ from typing import Any
 
 import forks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "05_fsdp")]
 
 import torch  # noqa: E402

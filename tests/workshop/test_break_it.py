@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, finish, has_ended, kill, load, paths, quoted_pattern, start, wait_until
-
-from benchmarks.hosts import WHY, possible
+from hosts import WHY, possible
 
 BREAK_IT = ROOT / "workshop" / "break_it.py"
 CARDS = {path.parent.name[:2]: path.parent for path in sorted(BREAK_IT.parent.glob("break_it/*/card.toml"))}

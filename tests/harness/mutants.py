@@ -25,8 +25,8 @@ not plant its own bug in the mutant says nothing, and one that fails only once h
 is caught when a test says so by its own limit.
 
 `mutants.jsonl` has each mutant with the test that catches it, docs/reference/mutants.md the survivors with
-the reasons of `harmless.toml`. Interrupted, it goes on where it was; with `--survivors`, at the first test
-not yet tried.
+the reasons of `harmless.toml`. A mutant is known until its line changes. If `make mutants` is interrupted, it
+continues where it was; with `--survivors`, at the first test not yet tried.
 """
 
 import argparse
@@ -62,9 +62,9 @@ SHELL = {  # by lines; which tests come to one is not measured
     "launch_multinode.sh": ("test_launcher", "test_multinode", "test_slurm"),
     "04_multinode/slurm.sbatch": ("test_slurm",),
 }
-KNOWN = ROOT / "tests" / "mutants.jsonl"
+KNOWN = ROOT / "tests" / "harness" / "mutants.jsonl"
 REPORT = ROOT / "docs" / "reference" / "mutants.md"
-HARMLESS = ROOT / "tests" / "harmless.toml"
+HARMLESS = ROOT / "tests" / "harness" / "harmless.toml"
 TRACED = ROOT / ".mutants"  # what is measured once, and not committed; delete it to begin afresh
 PASSED = TRACED / "passed.json"
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather_object", "barrier", "broadcast_object_list")
@@ -80,15 +80,16 @@ class Mutant:
     scope: str  # Trainer.run_batch
     kind: str
     was: str  # the text of the place; of a longer one, its first line
-    number: int  # of those that have all this in common
+    on: str  # the first line of the place, without a comment
+    twin: int  # of those that have all this in common: 0, 1, …
     line: int
     lines: tuple[str, ...]  # what the place's lines say, for finding the tests that come to it
     source: str  # of the whole file, wrong
 
     @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        """What it is known by when lines move."""
-        return self.file, self.scope, self.kind, self.was, self.number
+    def key(self) -> tuple[str, str, str, str, str, int]:
+        """What it is known by while its line stays the same, wherever in its function the line moves to."""
+        return self.file, self.scope, self.kind, self.was, self.on, self.twin
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.kind}: {self.was}"
@@ -98,7 +99,7 @@ def mutants_of(file: str, source: str | None = None) -> list[Mutant]:
     """All mutants of a file of the repository, in the order of their lines."""
     source = (ROOT / file).read_text() if source is None else source
     edits = python_edits(source) if file.endswith(".py") else shell_edits(source)
-    content, found, counts = source.encode(), [], collections.Counter[tuple[str, str, str]]()
+    content, found, counts = source.encode(), [], collections.Counter[tuple[str, ...]]()
     starts = [0]  # of the lines, in bytes, which is what ast counts
     for line in content.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -109,8 +110,9 @@ def mutants_of(file: str, source: str | None = None) -> list[Mutant]:
         with contextlib.suppress(SyntaxError):  # an `elif` is a statement, too, and cannot be `pass`
             if file.endswith(".py"):
                 compile(wrong, file, "exec")
-            name = (scope, kind, was.splitlines()[0].rstrip(", "))
             lines = tuple(text.strip() for text in source.splitlines()[line - 1 : last])
+            on = re.sub("  # .*", "", lines[0])
+            name = (scope, kind, was.splitlines()[0].rstrip(", "), on)
             found.append(Mutant(file, *name, counts[name], line, lines, wrong))
             counts[name] += 1
     if not file.endswith(".py"):
@@ -288,7 +290,8 @@ class Lane:
                 place.write_text(mutant.source)
                 self.edits += 1
                 os.utime(place, 2 * (self.edits,))  # seconds: or an old .pyc could be taken for its own
-            words = [sys.executable, str(self.folder / ROOT.name / "tests" / "judge.py"), str(self.folder)]
+            judge = self.folder / ROOT.name / "tests" / "harness" / "judge.py"
+            words = [sys.executable, str(judge), str(self.folder)]
             # Every test ends by its own limit, at most 600 s. Whatever does not is no work of a test.
             _, out, err = finish(start(words, self.folder, TMPDIR=str(self.folder)), limit + 900)
             if not answer.exists():
@@ -420,7 +423,15 @@ def measure(lanes: list[Lane], bar: Any, quick: bool, files: list[str]) -> dict[
     """
     lines = TRACED / "lines.json"
     found = json.loads(lines.read_text()) if lines.exists() else {"seconds": {}, "seen": {}, "failed": []}
-    words = [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "--ignore=tests/test_mutants.py"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n0",
+        "-q",
+        "--collect-only",
+        "--ignore=tests/harness/test_mutants.py",
+    ]
     words += [] if quick else ["--all", "--long", "-m", "not long and not other"]
     words += files
     listed = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -510,11 +521,9 @@ def reason(mutant: Mutant) -> str:
 
 
 def excuses(entry: dict[str, Any], mutant: Mutant) -> bool:
-    parts = (
-        *(("file", mutant.file), ("kind", mutant.kind), ("scope", mutant.scope), ("was", mutant.was)),
-        ("number", str(mutant.number)),
-    )
-    return all(re.fullmatch(entry[name], text) for name, text in parts if name in entry)
+    parts = {"file": mutant.file, "scope": mutant.scope, "kind": mutant.kind, "was": mutant.was}
+    parts |= {"on": mutant.on, "twin": str(mutant.twin)}
+    return all(re.fullmatch(entry[name], text) for name, text in parts.items() if name in entry)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -606,11 +615,11 @@ def main(args: argparse.Namespace) -> None:
 INTRODUCTION = """# Which lines the tests guard
 
 `make mutants` takes out one place of the code after another, or turns it around, and runs the tests that come
-to it until one fails ([tests/mutants.py](../../tests/mutants.py) says which places, and how). It has written
-this page; [tests/mutants.jsonl](../../tests/mutants.jsonl) names for each mutant the test that catches it.
-Known are those that were tried since their line was last changed, and those that
-[harmless.toml](../../tests/harmless.toml) excuses: most of these were not tried, and do not count as caught.
-The score is of those that are known. The last line leaves out those that only a machine with a GPU can show.
+to it until one fails. [mutants.py](../../tests/harness/mutants.py) says which places, and how. It wrote this
+page. [mutants.jsonl](../../tests/harness/mutants.jsonl) names for each mutant the test that catches it. Known
+are those that were tried since their line was last changed, and those that
+[harmless.toml](../../tests/harness/harmless.toml) excuses: most of these were not tried, and do not count as
+caught. The score is of those that are known. The last line leaves out those that only a GPU can show.
 """
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from helpers import FOLDERS, GLOBAL_BATCH, PROOF, ROOT, environment, largest_difference
+from hosts import WHY, network, possible
 
-from benchmarks.hosts import WHY, network, possible
 from common.snapshot import snapshots
 
 SERVICE, JOB = yaml.safe_load_all((ROOT / FOLDERS["04"] / "kubernetes.yaml").read_text())

@@ -7,8 +7,8 @@
 a temporary folder. Where only some are run (ARGS="-k …"), that of the others stays as it is. It fails where
 there is no GPU; `make test-all` pretends there, and `make test` leaves these tests out.
 
-Each run is a real process: a fork (tests/forks.py) of what has touched CUDA cannot use it. Such a start takes
-ten seconds, so runs that do not disturb each other run together.
+Each run is a real process: a fork (forks.py) of what has touched CUDA cannot use it. Such a start takes ten
+seconds, so runs that do not disturb each other run together.
 """
 
 import datetime

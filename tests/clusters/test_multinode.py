@@ -26,8 +26,8 @@ from helpers import (
     train,
     wait_until,
 )
+from hosts import WHY, Host, Network, commands_for, network, possible
 
-from benchmarks.hosts import WHY, Host, Network, commands_for, network, possible
 from common.snapshot import snapshots
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not possible(), reason=WHY)]
