@@ -1,4 +1,4 @@
-"""workshop/export.py: a step trains outside of the repository as inside, and its own test passes there."""
+"""workshop/export.py: an exported step trains as it does in the repository, and its own test passes there."""
 
 import ast
 import os
@@ -57,7 +57,7 @@ def ask(folder, *words):
 def export(step, folder):
     """The exported step, in `folder`."""
     status, out, err = ask(folder.parent, step, folder.name)
-    assert (status, err) == (0, "") and out.startswith(f"{folder.name} is there")
+    assert (status, err) == (0, "") and out.startswith(f"created {folder.name}; ")
     return folder
 
 
@@ -85,6 +85,11 @@ def its_test(folder, timeout=400):
     return status, out
 
 
+def failed_in(out):
+    """The last words of the names of the tests that failed in the exported folder."""
+    return re.findall(r"^FAILED test_train.py::test_\w+_(\w+)", out, re.M)
+
+
 def edit(file, *edits):
     text = file.read_text()
     for right, wrong in edits:
@@ -96,7 +101,7 @@ def edit(file, *edits):
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("step", TRAINED)
 def test_it_trains_as_the_step_does(once, tmp_path, step):
-    """Bit for bit, also when it goes on from a snapshot; with every file that it has, and with no other."""
+    """Bit for bit, also when it resumes; with every file that it has, and with no other."""
     folder = export(step, tmp_path / "my-project")
     edit(folder / "train.py", after_a_step(LOADED))
     whole = once(step, ranks_of(step), *FLAGS, f"--batch-size={GLOBAL_BATCH // ranks_of(step)}")
@@ -153,8 +158,7 @@ def test_its_own_test_fails_when_it_should(tmp_path, step, bug, promise):
     folder = export(step, tmp_path / "my-project")
     edit(folder / "train.py", bug)
     status, out = its_test(folder)
-    failed = re.findall(r"^FAILED test_train.py::test_\w+_(\w+)", out, re.M)
-    assert status == 1 and failed == [promise]
+    assert status == 1 and failed_in(out) == [promise]
 
 
 def environment_without_this_repository(folder):
@@ -230,6 +234,30 @@ def test_it_has_what_the_step_has_and_no_more(tmp_path, step):
     assert asked == used - own - sys.stdlib_module_names - {"pytest"}
 
 
+def test_a_module_of_ones_own_comes_along(tmp_path):
+    """With what it imports from `common`. The walkthrough's my_train.py does not."""
+    copy = tmp_path / "copy"
+    for name in ("common", FOLDERS["01"], "workshop/export"):
+        shutil.copytree(ROOT / name, copy / name)
+    for name in ("workshop/export.py", "LICENSE", "requirements.txt"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("own.py", "my_train.py"):
+        (copy / FOLDERS["01"] / name).write_text("from common.nodes import check_ranks_agree\n")
+    words = [sys.executable, str(copy / "workshop" / "export.py"), "01", "new"]
+    status, _, err = finish(Started(words, tmp_path, True, clean()))
+    assert (status, err) == (0, "")
+    there = {path.relative_to(tmp_path / "new").as_posix() for path in files(tmp_path / "new")}
+    assert {"train.py", "own.py", "common/nodes.py"} < there and "my_train.py" not in there
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_its_remedy_for_the_other_kind_of_snapshot_is_there(tmp_path, step):
+    """Step 05 has the converter. The others say where it is."""
+    text = (export(step, tmp_path / "my-project") / "common" / "snapshot.py").read_text()
+    remedy = "python convert.py {others[0]}" if step == SHARDED else "convert it with step 05 of the original"
+    assert remedy in text
+
+
 def imports(path):
     """The names of the modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -242,8 +270,8 @@ def strays(folder):
     found = []
     for path in sorted(files(folder)):
         text = path.read_text()
-        found += re.findall(r"0\d_[a-z]\w*|\.\./\S*|parents\[\d\]", text)
-        named = {*re.findall(r"[\w./-]*\w\.(?:py|sh|sbatch|yaml|md|txt)\b", text)}
+        found += re.findall(r"0\d_[a-z]\w*|\.\./\S*|parents\[\d\]|[Oo]ur tests", text)
+        named = {*re.findall(r"[\w./-]*\w\.(?:py|sh|sbatch|yaml|md|txt)\b|\b(?:Docker|Make)file\b", text)}
         named |= {*re.findall(r"\]\(([^)#]+)\)", text)} if path.suffix == ".md" else set()
         found += [name for name in sorted(named) if not (folder / name).exists()]
     return found
@@ -253,18 +281,68 @@ def strays(folder):
 def test_it_names_no_file_that_it_has_not(tmp_path, step):
     folder = export(step, tmp_path / "my-project")
     assert strays(folder) == []
-    page = (folder / "README.md").read_text()
-    assert "{" not in page and max(map(len, page.splitlines())) <= 120
     with open(folder / "README.md", "a") as script:  # and it would be seen
-        script.write("# 01_single_gpu/train.py, ../README.md common/data.py [a page](docs)\n")
+        script.write("# 01_single_gpu/train.py, ../README.md common/data.py Dockerfile [a page](docs)\n")
     assert strays(folder) == [
         "01_single_gpu",
         "../README.md",
         "../README.md",
         "01_single_gpu/train.py",
+        "Dockerfile",
         "common/data.py",
         "docs",
     ]
+
+
+@pytest.mark.parametrize("step", FOLDERS)
+def test_its_readme_is_about_this_step(tmp_path, step):
+    """It names each file, and nothing of the template is left in it. `--help` begins as it does."""
+    folder = export(step, tmp_path / "my-project")
+    page = (folder / "README.md").read_text()
+    assert not re.search(r"[{}$]|<!--|\n\n\n", page) and max(map(len, page.splitlines())) <= 120
+    assert page.startswith("# my-project\n\n") and "`checkpoints/my-project/…`" in page
+    assert f"began as step {step} of" in page
+    there = {path.relative_to(folder).parts[0] for path in files(folder)}
+    assert set(re.findall(r"\]\((.*?)\)", page)) == there - {"README.md", "requirements.txt"}
+    says = (ast.get_docstring(ast.parse((folder / "train.py").read_text())) or "").splitlines()[0]
+    assert says == page.splitlines()[2] and says.startswith("Train a model ")
+
+
+OTHER_DATA = """import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def load_points(num_samples):
+    points = torch.randn(num_samples + 55, 8, dtype=torch.float64)
+    labels = points.argmax(dim=1)
+    train = TensorDataset(points[55:], labels[55:])
+    test = TensorDataset(points[:55], labels[:55])
+    return train, test
+
+
+def build():
+    return nn.Linear(8, 10, dtype=torch.float64)
+"""
+
+
+@pytest.mark.slow
+def test_with_another_model_its_first_test_passes(tmp_path):
+    """And its second one names what to replace, as the README says; without the files about digits."""
+    folder = export("01", tmp_path / "my-project")
+    (folder / "points.py").write_text(OTHER_DATA)
+    edit(
+        folder / "train.py",
+        ("from common.mnist import load_mnist\nfrom common.models import build_model\n", ""),
+        ("import GracefulStop\n", "import GracefulStop\nfrom points import build, load_points\n"),
+        ("load_mnist(args.data_dir, args.num_samples)", "load_points(args.num_samples)"),
+        ("build_model(args.model, args.precision, args.vit_width, args.vit_depth)", "build()"),
+    )
+    for name in ("mnist.py", "synthetic.py", "models.py"):
+        (folder / "common" / name).unlink()
+    status, out = its_test(folder)
+    assert status == 1 and "1 passed" in out and failed_in(out) == ["once"]
+    assert "No module named 'common.mnist'" in out
 
 
 @pytest.mark.parametrize("step", FOLDERS)
@@ -311,15 +389,15 @@ def test_its_shell_scripts_are_clean(tmp_path):
 
 
 WRONG = {
-    "07 new": "there is no step 07: take one of 01, 02, 03, 04, 05",
-    "three new": "there is no step three: take one of 01, ",
-    "03 full": "full is there already, and not an empty folder: name one that is new",
-    "03 file": "file is there already, and not an empty folder: name one that is new",
-    "03 no/new": "there is no folder {}/no: make it first",
-    "03 file/new": "there is no folder {}/file: make it first",
-    "03 50%": "the name '50%' has more than letters, digits, blanks, '.', '-' and '_': take another",
-    "03": "the following arguments are required: DIR (--help says how)",
-    "03 new --force": "unrecognized arguments: --force (--help says how)",
+    "07 new": "there is no step 07: choose one of 01, 02, 03, 04, 05",
+    "three new": "there is no step three: choose one of 01, ",
+    "03 full": "full already exists and is not an empty folder: choose a new one",
+    "03 file": "file already exists and is not an empty folder: choose a new one",
+    "03 no/new": "there is no folder {}/no: create it first",
+    "03 file/new": "there is no folder {}/file: create it first",
+    "03 50%": "the name '50%' has more than letters, digits, spaces, '.', '-' and '_': choose another",
+    "03": "the following arguments are required: DIR (see --help)",
+    "03 new --force": "unrecognized arguments: --force (see --help)",
 }
 
 
@@ -343,10 +421,10 @@ def test_a_wrong_question_is_one_line(tmp_path, words):
 def test_an_empty_folder_will_do_but_for_the_one_that_one_is_in(tmp_path):
     (tmp_path / "empty").mkdir()
     status, out, err = ask(tmp_path / "empty", "3", ".")
-    assert (status, out) == (2, "") and err.startswith("error: DIR is the folder that you are in, ")
+    assert (status, out) == (2, "") and err.startswith("error: DIR is the current folder, ")
     assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
     (tmp_path / "link").symlink_to("empty")
-    assert ask(tmp_path, "3", "link") == (0, "link is there; it begins with link/README.md\n", "")
+    assert ask(tmp_path, "3", "link") == (0, "created link; start with link/README.md\n", "")
     assert (tmp_path / "empty" / "train.py").exists() and len([*tmp_path.iterdir()]) == 2
 
 
@@ -361,6 +439,6 @@ def test_when_it_cannot_be_written_nothing_of_it_is_left(tmp_path, there):
     assert (status, out) == (2, "")
     assert (
         err
-        == "error: cannot write new: File too large; make room, make it writable, or name another folder\n"
+        == "error: cannot write new: File too large; make room, make it writable, or choose another folder\n"
     )
     assert tree(tmp_path) == before
