@@ -2,8 +2,8 @@
 
 A stop is a `<!-- diff … -->` block of a step's README and the prose around it in its section: from the
 heading, or the block before it, to the next block or heading. Blocks with no word between them are one stop.
-A section that introduces the step, or shows how to run it, or a picture, is a stop without a change. Step 01
-changes nothing: each section of its README is a stop.
+A section that introduces the step, or shows how to run it, a picture, or what a run prints, is a stop without
+a change. Step 01 changes nothing: each section of its README is a stop.
 
 A stop is named after its heading, `the-evaluation`. Further stops of a section are named after the first
 function that they change, too: `the-process-group-main`.
@@ -82,7 +82,8 @@ def stops(step: str) -> list[Stop]:
     for heading, text in sections(readme(step)):
         proses, requests = BLOCK.split(text)[::2], BLOCK.findall(text)
         if not requests:
-            if step == "01" or not found or heading == "Run it" or "<picture>" in text:
+            shows = heading == "Run it" or "<picture>" in text or "<!-- output" in text
+            if step == "01" or not found or shows:
                 add(heading, text, "", "", False)
             continue
         at = 0
