@@ -142,7 +142,7 @@ class Reporter:
             ask_to_stop(f"cannot write {self.metrics.name}: {error.strerror}")
             self.metrics = None
 
-    def progress(self, batches: Iterable[Any], epoch: int, done: int = 0) -> Iterator[Any]:
+    def progress(self, batches: Iterable[Any], epoch: int, done: int) -> Iterator[Any]:
         """What `batches` gives, one item a step, with a progress bar when rank 0's output is a terminal.
 
         `done` is the number of samples of this epoch that the ranks have seen already.
@@ -174,7 +174,7 @@ class Reporter:
         """Write this rank's trace. If that fails, the run continues without."""
         profiler.export_chrome_trace(str(self.trace))
         if not self.trace.exists():  # torch has printed why, and raises nothing
-            warning = f"warning: rank {self.rank} cannot write {self.trace}: there is no trace of it"
+            warning = f"warning: rank {self.rank} cannot write {self.trace}: this rank has no trace"
             print_line(warning, sys.stderr)
             self.trace.with_name(f"{self.trace.name}.tmp").unlink(missing_ok=True)
 
@@ -202,7 +202,7 @@ class Reporter:
         self.seconds += seconds
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss):
-            remedy = "try a smaller --lr, and another --snapshot-dir if it comes again"
+            remedy = "try a smaller --lr, and another --snapshot-dir if it happens again"
             fail(f"the loss is {loss} by step {global_step}: nothing more is saved; {remedy}")
         rate = round(samples / seconds)
         self.say(f"epoch {epoch + 1}/{self.epochs}  step {global_step}  loss {loss:.4f}  {rate:,} samples/s")
@@ -241,7 +241,7 @@ class Reporter:
             )
         self.write("end", global_step=global_step, samples_per_s=round(rate), seconds=round(self.seconds, 3))
         if self.profiler and self.profiler.step_num < WAIT + WARM_UP:
-            warn(f"no trace in {self.trace_dir}: it begins {WAIT + WARM_UP} steps after the start")
+            warn(f"no trace in {self.trace_dir}: tracing begins {WAIT + WARM_UP} steps after the start")
         if self.caveat:
             warn(self.caveat)
         if GracefulStop.problem:

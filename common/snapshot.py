@@ -135,7 +135,7 @@ def checksum(file: BinaryIO, size: int | None = None) -> int:
 def read(path: Path) -> tuple[dict[str, Any], str]:
     """The state in the file `path`, and what is wrong with it (an empty string if nothing is)."""
     if path.exists() and not path.is_file():
-        return {}, f"{path.name} is no file"
+        return {}, f"{path.name} is not a file"
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -226,7 +226,6 @@ class SnapshotFolder:
         newest belongs to another run, when the folder cannot be written to, or when the ranks must load the
         same one and do not.
         """
-        check_folder(self.path)
         if same_on_all_ranks:
             self.lock(not dist.is_initialized() or dist.get_rank() == 0)
         paths = self.candidates()
@@ -256,11 +255,12 @@ class SnapshotFolder:
         return state
 
     def lock(self, saves: bool) -> None:
-        """Reserve the folder for this run until this process ends, in whatever way. All ranks call it.
+        """Make the folder, and reserve it for this run until this process ends. All ranks call it.
 
-        A rank that `saves` does it, and `fail`s if another run has the folder. It waits for a run that is
-        ending. On NFS, the server has the lock (man 2 fcntl).
+        A rank that `saves` reserves it. It waits for a run that is ending, and `fail`s if another run has the
+        folder. Any rank `fail`s if it cannot write there. On NFS, the server has the lock (man 2 fcntl).
         """
+        check_folder(self.path)
         with keep_alive():  # the others wait for it
             if saves and self.lock_file is None:  # to open and close it once more would unlock it
                 self.wait_for_lock(self.path / ".lock")
@@ -268,7 +268,6 @@ class SnapshotFolder:
     def wait_for_lock(self, path: Path) -> None:
         """Lock the file `path`, or `fail` if another process does not unlock it soon."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.lock_file = path.open("a")
         except OSError as error:
             fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
@@ -279,10 +278,10 @@ class SnapshotFolder:
                 return
             except (BlockingIOError, PermissionError):  # another process has it
                 if time.monotonic() > deadline:
-                    fail(f"another run saves to {self.path}: wait for it, or choose another --snapshot-dir")
+                    fail(f"another run is using {self.path}: wait for it, or choose another --snapshot-dir")
                 time.sleep(0.2)
             except OSError as error:
-                warn(f"cannot lock {path}: {error.strerror}; start no second run in this folder")
+                warn(f"cannot lock {path}: {error.strerror}; do not start a second run in this folder")
                 return
 
     def candidates(self) -> list[Path]:
@@ -291,7 +290,7 @@ class SnapshotFolder:
         paths = snapshots(self.path, sharded)
         others = snapshots(self.path, not sharded)
         if others and (not paths or step_of(others[0]) > step_of(paths[0])):
-            kind = "is no sharded snapshot" if sharded else "is a sharded snapshot"
+            kind = "is not a sharded snapshot" if sharded else "is a sharded snapshot"
             fail(f"{others[0]} {kind}; to resume from it: python 05_fsdp/convert.py {others[0]}")
         if sharded and dist.is_initialized():  # all ranks have to read the same ones
             check_same_start(self.identity, step_of(paths[0]) if paths else None)
@@ -311,7 +310,7 @@ class SnapshotFolder:
         """Report flags that differ from those in the snapshot `state`; `fail` if one rarely should."""
         before = state.get("flags", {})
         if not isinstance(before, dict):
-            fail(f"{state['path']} has flags that are no dict: use another --snapshot-dir")
+            fail(f"{state['path']} has flags that are not a dict: use another --snapshot-dir")
         now = self.run.settings()
         changed = [
             name for name in sorted(now.keys() & before.keys()) if repr(now[name]) != repr(before[name])
@@ -379,7 +378,7 @@ def restore_rng(
     else:
         torch.manual_seed(zlib.crc32(f"{state['seed']} {state['global_step']} {rank}".encode()))
         saved_by = f"{len(states)} ranks" if len(states) != world_size else "other devices"
-        report.detail(f"random numbers start from a new seed: the snapshot is of {saved_by}")
+        report.detail(f"random numbers start from a new seed: the snapshot was saved by {saved_by}")
     another_place = torch.initial_seed() + state["global_step"]
     seed_python_and_numpy(another_place)
     if workers is not None:

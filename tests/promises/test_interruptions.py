@@ -1,6 +1,6 @@
-"""Signals, full disks, ranks that fall silent: what is saved stays, and nobody waits forever.
+"""Signals, full disks, ranks that fall silent: what is saved stays, and no rank waits forever.
 
-The same at random moments is `make soak`; a short one of it is in here.
+`make soak` does the same at random moments; this file has a short version of it.
 
 Promise: nothing is lost and no rank waits forever when a run is interrupted at a random moment or in the
 middle of a save, when the disk is full, or when a rank dies or hangs: [see below](#nothing-lost).
@@ -81,14 +81,14 @@ def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_soak(tmp_path, step):
-    """As `make soak`: 8 interruptions of one step, and a restart where torchrun starts it."""
+    """Like `make soak`: 8 interruptions of one step and, if torchrun starts it, a restart."""
     restarts = int(step in soak.UNDER_TORCHRUN)
     assert soak.soak(8, restarts, int.from_bytes(os.urandom(2)), tmp_path, steps=(step,))
 
 
 @pytest.mark.parametrize("step", GROWN)
 def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
-    """SIGKILL to the launcher alone: a run that is started again would meet them in the same folder."""
+    """SIGKILL only the launcher: if ranks stayed, the next run would meet them in the same folder."""
     process = start([*command(step, 2), *FOREVER], tmp_path)
     ranks = []
     try:
@@ -108,11 +108,11 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
 @pytest.mark.few(3)
 @pytest.mark.parametrize("step", STEPS)
 def test_when_the_terminal_goes_away_all_is_saved(tmp_path, step):
-    """A dropped connection: Linux sends SIGHUP to all of them, and nothing more can be printed."""
+    """When a connection drops, Linux sends SIGHUP to all processes, and nothing more can be printed."""
     ranks = 1 if step == "01" else 3
     words = [*command(step, ranks), *FOREVER]
     ours, theirs = pty.openpty()
-    # A process of its own session, whose terminal that is.
+    # A process in its own session, which has this terminal.
     inside = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     inside += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # the tests themselves may run under nohup
     inside += "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -139,7 +139,7 @@ def test_when_the_terminal_goes_away_all_is_saved(tmp_path, step):
 
 @pytest.mark.parametrize(("step", "status"), [("01", 143), ("02", 143), ("03", 1)])
 def test_nohup_keeps_a_run_alive(tmp_path, step, status):
-    """Under torchrun, with `--signals-to-handle`: it would end its ranks after SIGHUP, all the same."""
+    """torchrun needs `--signals-to-handle` for this. Otherwise, it would end its ranks after SIGHUP."""
     words = [*command(step, 2), *FOREVER]
     if step == "03":
         words.insert(words.index("--standalone"), "--signals-to-handle=SIGTERM,SIGINT")
@@ -158,7 +158,7 @@ def test_nohup_keeps_a_run_alive(tmp_path, step, status):
 
 @pytest.mark.parametrize("step", GROWN)
 def test_ranks_whose_launcher_is_gone_do_not_wait_to_meet(tmp_path, step):
-    """SIGKILL to the launcher while two of three ranks wait for the third, in `init_process_group`."""
+    """SIGKILL the launcher while two of three ranks wait for the third in `init_process_group`."""
     rank = "rank" if step == "02" else "int(os.environ['RANK'])"
     meets = "        dist.init_process_group("
     late = "        print('here\\n', end='', flush=True)\n"
@@ -194,7 +194,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", ["01", "02"])
 def test_the_status_is_the_signals(tmp_path, step, number):
-    """128 and the signal's number, as shells have it; torchrun, around steps 03 to 05, has 1 for all."""
+    """128 plus the signal's number, as in shells. torchrun, which starts steps 03 to 05, always has 1."""
     process = start([*command(step, ranks_of(step)), *FOREVER], tmp_path)
     try:
         wait_for_step(process, tmp_path / "snapshots")
@@ -212,7 +212,7 @@ def test_the_status_is_the_signals(tmp_path, step, number):
 
 @pytest.mark.parametrize("step", ["02", "03"])
 def test_a_rank_that_takes_longer_to_end_is_not_said_to_lose_anything(tmp_path, step):
-    """The launcher sends it a second SIGTERM when the first rank has ended; all has been saved by then."""
+    """The launcher sends it a second SIGTERM when the first rank has ended. By then, everything is saved."""
     ends = "        name = signal.Signals(self.stopping).name\n"
     slowly = "        if dist.get_rank() == 1:\n            time.sleep(3)\n"
     root = planted(tmp_path / "root", "common/stopping.py", (ends, slowly + ends), steps=(step,))
@@ -226,7 +226,7 @@ def test_a_rank_that_takes_longer_to_end_is_not_said_to_lose_anything(tmp_path, 
     assert "SIGTERM: saved at step" in out and "for the second time" not in err
 
 
-STUCK = {  # in Python, which runs a handler there, and in a collective, in which it runs none
+STUCK = {  # in Python code, where a signal handler runs, and in a collective, where none runs
     "01": "self.global_step == 2 and (open('stuck', 'w'), sum(0 for _ in iter(int, 1)))",
     "03": "self.rank == 1 and self.global_step == 2 and (open('stuck', 'w'), time.sleep(600))",
 }
@@ -238,10 +238,10 @@ def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path, step):
     process = start([*command(step, 2, root), *FOREVER, "--save-every=1"], tmp_path)
     ranks = []
     try:
-        wait_until((tmp_path / "stuck").exists, "the file that a rank makes before it is stuck", 60)
+        wait_until((tmp_path / "stuck").exists, "the file that a rank creates before it is stuck", 60)
         ranks = process.ranks() or [process.pid]
         kill(ranks, signal.SIGTERM)
-        time.sleep(1.2)  # more than the second in which a signal counts as the same
+        time.sleep(1.2)  # within a second, the next signal would count as the same one
         assert not any(map(has_ended, ranks))
         kill(ranks, signal.SIGTERM)
         wait_until(lambda: all(map(has_ended, ranks)), f"the end of {ranks}", 10)
@@ -251,8 +251,8 @@ def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path, step):
     print(status, out, err)
     assert status == (143 if step == "01" else 1)
     assert last_saved(tmp_path / "snapshots") > 0 and "saved at step" not in out
-    who = "" if step == "01" else "rank 0 has "
-    assert f"error: {who}SIGTERM for the second time: ends at once, and what was trained" in err
+    who = "" if step == "01" else "rank 0 received "
+    assert f"error: {who}SIGTERM for the second time: ending at once, and what was trained" in err
 
 
 LOADS = "    train_data, test_data = load_mnist(args.data_dir, args.num_samples)\n"
@@ -272,7 +272,7 @@ STALLS = f"""{LOADS}    import itertools, os, time
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("step", "ranks"), [("01", 1), ("03", 3), ("05", 2)])
 def test_a_signal_ends_a_rank_that_waits_for_its_batch(tmp_path, step, ranks, workers):
-    """The others are in the step already, and cannot save without it: what was saved before counts."""
+    """The others are already in the step, and cannot save without it: the last snapshot is what counts."""
     root = planted(tmp_path / "root", step, (LOADS, STALLS.replace("LAST", str(ranks - 1))))
     flags = [*FOREVER, "--batch-size=4", "--save-every=1", f"--num-workers={workers}"]
     process = start([*command(step, ranks, root), *flags], tmp_path)
@@ -287,8 +287,8 @@ def test_a_signal_ends_a_rank_that_waits_for_its_batch(tmp_path, step, ranks, wo
         status, out, err = finish(process)
     print(status, out, err)
     assert status == (143 if step == "01" else 1)
-    who = "" if step == "01" else f"rank {ranks - 1} has "
-    assert f"error: {who}SIGTERM, and no batch has come for 10 s: ends at once, and what was trained" in err
+    who = "" if step == "01" else f"rank {ranks - 1} received "
+    assert f"error: {who}SIGTERM, and no batch has come for 10 s: ending at once, and what was trained" in err
     assert last_saved(tmp_path / "snapshots") == 7 and "saved at step" not in out
 
 
@@ -311,11 +311,11 @@ def test_a_worker_that_dies_ends_training_in_one_line(tmp_path, step):
 
 
 def test_a_mark_that_a_killed_run_has_left_is_deleted(tmp_path):
-    """And not one that may be another run's, which starts at the same time."""
+    """But a new one is kept: it may belong to another run that starts at the same time."""
     folder = tmp_path / "snapshots"
     folder.mkdir()
-    old = [f".mark-{number}" for number in range(300)]  # so many that several ranks come to the same one
-    for name, age in (*((name, 2 * 3600) for name in old), (".mark-new", 0)):
+    old = [f".mark-{number}" for number in range(300)]  # so many that several ranks delete the same one
+    for name, age in (*((name, 3700) for name in old), (".mark-new", 0)):
         (folder / name).touch()
         os.utime(folder / name, times=(time.time() - age,) * 2)
     train("04", 3, tmp_path, "--num-samples=24", "--batch-size=4", "--epochs=1")
@@ -327,7 +327,7 @@ def test_a_mark_that_a_killed_run_has_left_is_deleted(tmp_path):
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_the_data_is_shown_as_it_is(tmp_path, raised, workers):
-    """Whatever its kind: it is not that of a worker that has died."""
+    """Whatever its kind, it is not reported as a worker that has died."""
     draws = "        return self[torch.tensor(indices)]"
     root = planted(tmp_path / "root", "common/mnist.py", (draws, f"        raise {raised}"), steps=("01",))
     status, _, err = finish(start([*command("01", 1, root), *FOREVER, f"--num-workers={workers}"], tmp_path))
@@ -335,7 +335,7 @@ def test_an_error_of_the_data_is_shown_as_it_is(tmp_path, raised, workers):
     assert status == 1 and "planted" in err and "Traceback" in err and "has died" not in err
 
 
-# 457 images, 2 ranks × 10: 22 steps an epoch; another size than the first's divides no place of it.
+# 457 images, 2 ranks × 10: 22 steps an epoch. 457 is a prime number, so there is always a remainder.
 TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-gpu=0"]
 
 
@@ -345,9 +345,9 @@ TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-
     [("02", 3), ("03", 1), pytest.param("04", 3, marks=pytest.mark.slow), ("05", 3), ("05", 1)],
 )
 def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step, ranks):
-    """Of the epoch in which it was interrupted, from a trace of the images that all ranks have drawn."""
+    """In the epoch that was interrupted, from a trace of the images that all ranks have drawn."""
     root = traced(planted(tmp_path / "root", step))
-    # In the seventh step: all stop soon after, see common/stopping.py.
+    # A signal after the seventh step: all ranks stop soon after it, see common/stopping.py.
     stops = after_a_step("if self.global_step == 7: os.kill(os.getpid(), signal.SIGTERM)")
     stopping = traced(planted(tmp_path / "stopping", step, stops))
     flags = [*TRACED, "--epochs=1", "--snapshot-dir=snapshots"]
@@ -356,7 +356,7 @@ def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step
     assert 8 <= done <= 13
     train(step, ranks, tmp_path, *TRACED, "--epochs=1", root=root)
     seen = collections.Counter()
-    for batches in drawn(tmp_path, 457):  # and not those of the test set
+    for batches in drawn(tmp_path, 457):  # without those of the test set
         seen.update(itertools.chain(*batches))
     before, batch = done * 2 * 10, ranks * 10
     skipped = -before % ranks
@@ -371,13 +371,13 @@ def test_at_another_world_size_no_image_is_seen_twice_or_left_out(tmp_path, step
 
 
 def mounted(folder, size):
-    """A small disk of its own in `folder`."""
+    """Mount a small disk at `folder`."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
     )
     if done.returncode:
-        pytest.skip(f"needs a file system of its own, as root: {done.stderr.decode().strip()}")
+        pytest.skip(f"needs root, to mount a file system: {done.stderr.decode().strip()}")
 
 
 @pytest.fixture
@@ -390,7 +390,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def failing_disk(tmp_path):
-    """A disk with ext4, which becomes read-only at its first error, as most are set up."""
+    """A disk with ext4 that becomes read-only at its first error, as most are set up."""
     folder, image = tmp_path / "disk", tmp_path / "image"
     folder.mkdir()
     with image.open("wb") as file:
@@ -402,7 +402,7 @@ def failing_disk(tmp_path):
 
 
 def fail_once(folder):
-    """Let the file system of `folder` have an error."""
+    """Cause an error in the file system of `folder`."""
     device = folder.stat().st_dev
     name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
     Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("planted")
@@ -412,7 +412,7 @@ def fail_once(folder):
 @pytest.mark.root
 @pytest.mark.parametrize("step", STEPS)
 def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
-    """Three snapshots of 2.5 MB fit, the fourth does not. With more room, the same command goes on."""
+    """Three snapshots of 2.5 MB fit, the fourth does not. With more room, the same command continues."""
     flags = ["--num-samples=480", "--epochs=3", "--use-gpu=0", "--save-every=16"]
     flags += [f"--batch-size={GLOBAL_BATCH // ranks_of(step)}"]
     words = [*command(step, ranks_of(step)), *flags, "--snapshot-dir=disk/snapshots"]
@@ -422,7 +422,7 @@ def test_a_full_disk_stops_all_ranks_and_costs_nothing(tmp_path, disk, step):
     said = "(0.0 MB are free)" if step == "05" else "No space left on device"
     assert len(errors(err)) == 1 and f"{said}; make room, make it writable" in errors(err)[0]
     assert status == 2 if step < "03" else "exitcode  : 2" in err
-    assert "RuntimeError" not in err  # of ranks that find rank 0 gone
+    assert "RuntimeError" not in err  # from ranks that find rank 0 gone
     assert len(before) >= 2
     subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
     status, out, err = finish(start(words, tmp_path))
@@ -444,12 +444,12 @@ def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, failing_disk, s
     finally:
         status, out, err = finish(process)
     print(f"status {status}: {errors(err)}")
-    # What is written in that moment has an error of its own.
+    # A write at this very moment gets a different error.
     assert len(errors(err)) == 1 and re.search("Read-only file system|Input/output error", errors(err)[0])
     assert errors(err)[0].endswith("; make room, make it writable, or choose another --snapshot-dir")
     assert status == 2 if step < "03" else "exitcode  : 2" in err
     assert "RuntimeError" not in err
-    # Started again, it says so before it trains.
+    # Started again, it reports the error before it trains.
     status, out, err = finish(start(words, tmp_path))
     print(f"status {status}: {errors(err)}")
     assert errors(err) == [
@@ -459,13 +459,13 @@ def test_a_disk_that_becomes_read_only_stops_all_ranks(tmp_path, failing_disk, s
     assert "loss" not in out
 
 
-# Of each process group that a rank is in: its backend, and the seconds until another rank counts as lost.
+# Each process group that a rank is in: its backend, and the seconds until another rank counts as lost.
 GROUPS = {
-    "02": [("cpu:gloo", 77), ("gloo", 47)],  # the vote is to be the first that gives up
+    "02": [("cpu:gloo", 77), ("gloo", 47)],  # the vote must be the first to give up
     "03": [("cpu:gloo", 77), ("gloo", 47)],
     "04": [("cpu:gloo", 77), ("gloo", 47)],
-    "05": [("cpu:gloo", 77), ("gloo", 47), ("gloo", 77)],  # all; the vote; the saver's
-    "05 --replicas=2": [*[("cpu:gloo", 77)] * 3, ("gloo", 47), ("gloo", 77)],  # and each row and column
+    "05": [("cpu:gloo", 77), ("gloo", 47), ("gloo", 77)],  # all ranks'; the vote's; the saver's
+    "05 --replicas=2": [*[("cpu:gloo", 77)] * 3, ("gloo", 47), ("gloo", 77)],  # also each row's and column's
 }
 
 
@@ -483,13 +483,13 @@ def test_each_group_waits_for_a_rank_as_long_as_it_is_told(tmp_path, case):
     assert str(GROUPS[case]) in run.out.splitlines()
 
 
-# What rank 1 does in its fifth step, when the others wait for it.
+# What rank 1 does after its fifth step, while the others wait for it.
 SILENT = {
     "raises": "if self.rank == 1 and self.global_step == 5: raise ZeroDivisionError('planted')",
     "exits with 0": "if self.rank == 1 and self.global_step == 5: os._exit(0)",
     "stops": "if self.rank == 1 and self.global_step == 5: os.kill(os.getpid(), signal.SIGSTOP)",
 }
-# A rank that stops takes the half minute that torchrun and mp.spawn give it.
+# A stopped rank takes the half minute that torchrun and mp.spawn give it.
 SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "raises"), ("05", "stops")]
 
 
@@ -504,7 +504,7 @@ SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "rais
     ],
 )
 def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
-    """At three ranks."""
+    """With three ranks."""
     root = planted(tmp_path / "root", step, telling(step), after_a_step(SILENT[what]))
     process = start([*command(step, 3, root), *FOREVER, "--timeout=5"], tmp_path)
     ranks = []
@@ -521,7 +521,7 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
     assert "left False" not in out
     if what == "raises":
         assert "ZeroDivisionError: planted" in err
-        assert "Connection closed by peer" not in err  # the echo on the other ranks
+        assert "Connection closed by peer" not in err  # the error that follows on the other ranks
         assert "left True" in out
     else:
         assert re.search(
@@ -532,7 +532,7 @@ def test_a_rank_that_does_not_come_ends_the_others(tmp_path, step, what):
 
 MUCH = "--lr=9 --epochs=9 --batch-size=9 --seed=9 --vit-width=128 --vit-depth=9 --timeout=99"
 MORE = ["--vit-width 128, 64", "--vit-depth 9, 4"]
-# What is done to rank 1 of 3, and what it has then that rank 0 has not; … stands for a checksum.
+# What is done to rank 1 of 3, and how it then differs from rank 0; … stands for a checksum.
 DIFFERENT = {
     "flags": ("sys.argv.append('--lr=0.01')", ["--lr 0.01, 0.001"]),
     "data": (
@@ -542,7 +542,7 @@ DIFFERENT = {
     "code": ("sys.argv[0] = sys.argv[0].replace('/one/', '/other/')", ["code …, …"]),
     "common": ("sys.argv[0] = sys.argv[0].replace('/one/', '/third/')", ["code …, …"]),
     "torch": ("import torch; torch.__version__ = '1.0'", [f"torch 1.0, {torch.__version__}"]),
-    "much": (  # of which six are told
+    "much": (  # only six of them are reported
         f"sys.argv += '{MUCH}'.split()",
         ["--epochs 9, 1000", "--batch-size 9, 64", "--lr 9.0, 0.001", "--seed 9, 0", *MORE],
     ),
@@ -551,7 +551,7 @@ MAY_DIFFER = "--num-workers=1 --verbose --metrics=1 --data-dir=elsewhere --snaps
 
 
 def start_with_another_rank(folder, step, change, *flags):
-    """Start a step at three ranks, in which rank 1 does something before its train.py begins."""
+    """Start a step at three ranks. Rank 1 runs the code `change` before its train.py begins."""
     launch = folder / "launch.py"
     launch.write_text(
         "import os, runpy, sys\nsys.argv.pop(0)\nsys.path[0] = os.path.dirname(sys.argv[0])\n"
@@ -570,7 +570,7 @@ def start_with_another_rank(folder, step, change, *flags):
 @pytest.mark.parametrize("what", DIFFERENT)
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what):
-    """Rank 1 of 3 has other flags, data, code or torch, as on a node that was forgotten."""
+    """Rank 1 of 3 has other flags, data, code or torch, like a node that nobody has updated."""
     for name in ("one", "other", "third"):
         planted(tmp_path / name, step)
     for name, file in (("other", f"{FOLDERS[step]}/train.py"), ("third", "common/synthetic.py")):
@@ -591,7 +591,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_what_a_node_may_have_of_its_own_stops_nobody(tmp_path, step):
     planted(tmp_path / "one", step)
-    # And each has its own words for a download that failed.
+    # Rank 1 also has other words for a download that failed.
     change = (
         f"sys.argv += '{MAY_DIFFER}'.split(); sys.path.insert(1, os.path.dirname(sys.path[0])); "
         "import common.mnist as mnist; load = mnist.load_mnist; mnist.load_mnist = lambda *given: "
@@ -623,7 +623,7 @@ def watch(rank):
 
 
 def test_no_rank_leaves_before_rank_0_has_saved(tmp_path):
-    """A launcher ends the rest 30 s after the first has left, and a big model takes longer to save."""
+    """A launcher ends the others 30 s after the first rank has exited. Saving a big model takes longer."""
     stopping = "            if stopping:\n"
     watches = "                __import__('watch').watch(self.rank)\n"
     root = planted(tmp_path / "root", "03", (stopping, stopping + watches))

@@ -1,7 +1,7 @@
-"""Snapshot files: atomic, checked, three kept, and never of another run.
+"""Snapshot files: written atomically, checked, the last three kept, and never another run's.
 
 Promise: a damaged snapshot is never loaded silently, and a failed write never costs the last good snapshot.
-A save refuses whatever could not be loaded again.
+A save refuses anything that could not be loaded again.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ RUN = Run("01_single_gpu", "cnn", "mnist", "float32", 0)
 
 
 def folder_of(path, sharded=False, **changed):
-    """The snapshots in `path`, of a run like RUN."""
+    """The snapshots in `path`, for a run like RUN."""
     run = dataclasses.replace(RUN, **changed)
     return snapshot.SnapshotFolder(path, run, read_shards=shards.read if sharded else None)
 
@@ -84,7 +84,7 @@ def sharded_folder(tmp_path):
 
 
 def failure(capsys, path, sharded=False, **changed):
-    """The one line with which loading fails."""
+    """The one line that is printed when loading fails."""
     with pytest.raises(SystemExit) as stopped:
         folder_of(path, sharded, **changed).load_newest()
     lines = capsys.readouterr().err.splitlines()
@@ -147,13 +147,13 @@ def test_a_flag_that_differs_is_told_and_stops_a_run_if_it_is_seldom_meant(
 
 
 def test_a_snapshot_without_flags_is_taken_and_one_whose_flags_are_no_dict_is_not(tmp_path, capsys):
-    """An older version, or a script of one's own, has saved none."""
+    """An older version, or your own script, has saved none."""
     now = folder_of(tmp_path, flags=FLAGS)
     now.check_flags({"path": "s"})
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit):
         now.check_flags({"path": "s", "flags": [1]})
-    assert capsys.readouterr().err == "error: s has flags that are no dict: use another --snapshot-dir\n"
+    assert capsys.readouterr().err == "error: s has flags that are not a dict: use another --snapshot-dir\n"
 
 
 def test_a_group_of_an_optimizer_takes_all_but_its_parameters_and_its_kernels():
@@ -172,7 +172,7 @@ def test_a_group_of_an_optimizer_takes_all_but_its_parameters_and_its_kernels():
 
 
 def test_the_newest_of_the_other_kind_counts(folder, capsys):
-    """Of two, one older and one newer than ours: going on without it would be a silent step back."""
+    """Two, one older and one newer than ours: to continue without the newer would silently lose steps."""
     for step in (25, 35):
         (folder / f"snapshot-{step:08d}").mkdir()
     assert f"{folder / 'snapshot-00000035'} is a sharded snapshot" in failure(capsys, folder)
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_written_is_seen_before_training(tmp_path, capsy
 
 
 def test_a_disk_on_which_nothing_more_can_be_written_is_seen_before_training(tmp_path, capsys):
-    """A name alone can be made on a full disk. Here, no file may have more than no bytes."""
+    """Even a full disk may take an empty file. Here, no file may have more than zero bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
@@ -251,7 +251,7 @@ def test_a_damaged_snapshot_is_named_and_the_one_before_is_used(folder, capsys, 
 
 
 def spoil(file, rng):
-    """Damage a file somewhere at random; what was done to it."""
+    """Damage a file at a random place; return what was done, or "" if nothing changed."""
     content = bytearray(file.read_bytes())
     at = rng.randrange(len(content))
     kind = rng.choice(["bit", "bit", "bit", "cut", "cut", "zeros", "noise", "longer", "empty", "twice"])
@@ -259,7 +259,7 @@ def spoil(file, rng):
         content[at] ^= 1 << rng.randrange(8)
     elif kind == "cut":
         del content[at:]
-    elif kind == "zeros":  # a block that never came to the disk
+    elif kind == "zeros":  # a block that never reached the disk
         content[at : at + 512] = bytes(len(content[at : at + 512]))
     elif kind == "noise":
         content[at : at + 64] = rng.randbytes(len(content[at : at + 64]))
@@ -277,7 +277,7 @@ def spoil(file, rng):
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
 def test_no_damage_goes_unseen(sharded, times, capsys, request):
-    """The damaged one is named, the one before it is loaded."""
+    """The damaged snapshot is named, and the one before it is loaded."""
     folder = request.getfixturevalue("sharded_folder" if sharded else "folder")
     rng = random.Random(times)
     newest, before, _ = snapshot.snapshots(folder, sharded)
@@ -290,7 +290,7 @@ def test_no_damage_goes_unseen(sharded, times, capsys, request):
         file = rng.choice(files)
         what = spoil(file, rng)
         if not what:
-            continue  # zeros in the place of zeros
+            continue  # zeros were replaced with zeros
         state = load_newest(folder, sharded)
         err = capsys.readouterr().err
         assert state["global_step"] == 20, f"{file.name}, {what}: {err}"
@@ -319,7 +319,7 @@ def test_when_no_good_one_is_left_they_are_kept(sharded, capsys, request):
 
 
 def test_zips_own_checksums_would_miss_some(folder):
-    """They are of what a zip holds, not of where it says that it is: hence one of the whole file."""
+    """They cover a zip's content, not the places where it says that it is. So ours covers the whole file."""
     newest = snapshot.snapshots(folder)[0]
     content, rng = newest.read_bytes(), random.Random(2)
     directory = content.rindex(b"PK\x01\x02")
@@ -330,10 +330,10 @@ def test_zips_own_checksums_would_miss_some(folder):
         try:
             if zipfile.ZipFile(newest).testzip() is None and torch.load(newest, weights_only=True):
                 break
-        except Exception as error:  # which most of the bits lead to
+        except Exception as error:  # most of the bits lead to one
             print(f"{type(error).__name__}: {error}".splitlines()[0])
     else:
-        raise AssertionError("zip's own checksums saw 200 of 200: ours are not needed any more")
+        raise AssertionError("zip's own checksums saw 200 of 200: ours is no longer needed")
     assert snapshot.read(newest)[1].startswith("wrong checksum")
 
 
@@ -364,7 +364,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     path.write_bytes((content := path.read_bytes()) + zlib.crc32(content).to_bytes(4, "big"))
     assert "Weights only load failed" in failure(capsys, tmp_path)
     assert not (tmp_path / "attacked").exists()
-    # The file does what it threatens to, if it is let: the test above can fail.
+    # If it is allowed to, the file does what it threatens, so the test above can fail.
     torch.load(tmp_path / "snapshot-00000001.pt", weights_only=False)
     assert (tmp_path / "attacked").exists()
 
@@ -382,9 +382,9 @@ def test_what_others_allow_torch_load_to_call_is_refused(tmp_path, capsys):
     with torch.serialization.safe_globals([shutil.copyfile]):
         assert "Weights only load failed" in failure(capsys, tmp_path)
         assert not (tmp_path / "attacked").exists()
-        assert shutil.copyfile in torch.serialization.get_safe_globals()  # again, for whoever has allowed it
+        assert shutil.copyfile in torch.serialization.get_safe_globals()  # allowed again
         torch.load(path, weights_only=True)
-    assert (tmp_path / "attacked").exists()  # as it threatens: the test above can fail
+    assert (tmp_path / "attacked").exists()  # as it threatens, so the test above can fail
 
 
 def test_a_file_of_another_program_is_refused(tmp_path, capsys):
@@ -437,7 +437,7 @@ def test_a_sharded_one_of_another_format_is_told_by_that_and_not_by_what_it_lack
 
 
 def test_one_that_only_a_later_torch_can_read_says_who_wrote_it(tmp_path, capsys):
-    """Its checksum is right, and what is in it has no name here, or is not allowed here."""
+    """Its checksum is correct, but something in it has no name here, or is not allowed here."""
     path = tmp_path / "snapshot-00000010.pt"
     torch.save({"format": snapshot.FORMAT, "model": Path()}, path)
     for writer, said in {
@@ -508,7 +508,7 @@ assert torch.equal(state["model"]["d"], weights["d"])
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc for the memory: Linux only")
 def test_no_second_copy_of_the_state_is_made_to_write_or_read_it(tmp_path):
-    """The system would refuse memory for one. (Resident memory also counts pages of files.)"""
+    """The system would refuse memory for a copy. (Resident memory also counts pages of files.)"""
     (tmp_path / "within.py").write_text(WITHIN_LIMITS.format(root=str(ROOT)))
     status, out, err = finish(start([sys.executable, "within.py"], tmp_path))
     assert (status, out) == (0, "read\n"), err
@@ -516,16 +516,16 @@ def test_no_second_copy_of_the_state_is_made_to_write_or_read_it(tmp_path):
 
 def test_what_is_no_file_is_no_snapshot_and_what_is_gone_cannot_be_read(tmp_path, capsys):
     (tmp_path / "snapshot-00000010.pt").mkdir()
-    assert snapshot.read(tmp_path / "snapshot-00000010.pt") == ({}, "snapshot-00000010.pt is no file")
+    assert snapshot.read(tmp_path / "snapshot-00000010.pt") == ({}, "snapshot-00000010.pt is not a file")
     with pytest.raises(SystemExit):
         snapshot.read(tmp_path / "gone.pt")
     assert capsys.readouterr().err.startswith(f"error: cannot read {tmp_path / 'gone.pt'}: No such file or")
 
 
 def test_a_file_that_could_not_be_opened_is_told_by_its_own_reason(folder, capsys):
-    """Not by that of the half file, which is not there to be taken away."""
+    """Not by the reason why the half file cannot be deleted: it does not exist."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # those that are open stay so
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # open files stay open
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
             snapshot.write(folder / "snapshot-00000040.pt", state(40))
@@ -545,7 +545,7 @@ def test_the_room_on_a_disk_that_is_gone_is_not_told(tmp_path):
 
 
 def test_what_a_killed_write_left_is_deleted_before_the_next(folder, monkeypatch):
-    """It may fill the disk."""
+    """What is left may fill the disk."""
     (folder / ".snapshot-00000035.pt.tmp").write_bytes(b"half")
     (folder / "deep").mkdir()
     write, there = snapshot.write, []
@@ -567,7 +567,7 @@ def test_sweeping_leaves_three_sharded_ones_and_nothing_unfinished(sharded_folde
     (sharded_folder / ".snapshot-00000035.tmp").mkdir()
     (sharded_folder / ".snapshot-00000035.tmp" / "__0_0.distcp").write_bytes(b"half")
     (sharded_folder / ".snapshot-a-rank's-mark.tmp").touch()
-    (sharded_folder / "snapshot-00000050.pt").touch()  # is of another kind
+    (sharded_folder / "snapshot-00000050.pt").touch()  # of the other kind
     save_sharded(sharded_folder, 40)
     shards.delete_old(sharded_folder)
     names = {path.name for path in sharded_folder.iterdir()}
@@ -576,9 +576,9 @@ def test_sweeping_leaves_three_sharded_ones_and_nothing_unfinished(sharded_folde
 
 @pytest.mark.parametrize("values", [{}, {"model": torch.zeros(10**5)}], ids=["few bytes", "many"])
 def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch, values):
-    """Or a power cut could leave the name, and no content, in the place of the snapshot before.
+    """Otherwise, a power cut could replace the previous snapshot with a name that has no content.
 
-    Python keeps few bytes back until it is told to write them, and passes many on at once.
+    Python holds back a few bytes until it is told to write them, but writes many bytes immediately.
     """
     done, sync, rename = [], os.fsync, os.replace
 
@@ -595,7 +595,7 @@ def test_the_bytes_reach_the_disk_before_the_name_does(folder, monkeypatch, valu
     monkeypatch.setattr(os, "replace", note_rename)
     before = os.listdir("/dev/fd")
     save(folder, global_step=40, **values)
-    assert os.listdir("/dev/fd") == before  # or a long training runs out of them
+    assert os.listdir("/dev/fd") == before  # or a long training would run out of them
     size = (folder / "snapshot-00000040.pt").stat().st_size
     assert done == [f"{size} bytes", "name", "folder"]
 
@@ -610,7 +610,7 @@ def test_the_name_of_a_sharded_one_reaches_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_synced_stops_nothing(folder, monkeypatch):
-    """As on Windows and some network disks: the file is in its place by then."""
+    """As on Windows and some network disks. By then, the file is in its place."""
     sync = os.fsync
 
     def only_files(descriptor):
@@ -627,7 +627,7 @@ class Config:
     """Something that torch.save takes and weights_only refuses."""
 
 
-# The last is one of the classes that torch.distributed lets torch.load make, when it is imported.
+# The last is one of the classes that torch.distributed, once imported, lets torch.load create.
 REFUSED = [numpy.float64(1), Config(), Path("x"), traceback.FrameSummary("file", 1, "name")]
 
 
@@ -662,7 +662,7 @@ def test_shards_of_every_kind_of_number_come_back(tmp_path, name):
 
 
 def test_a_number_among_the_shards_is_refused_when_it_is_saved(sharded_folder):
-    """dcp would unpickle it when it is loaded, without an allow-list."""
+    """When it is loaded, dcp would unpickle it without an allow-list."""
     saved = {"model": {"w": torch.ones(3)}, "optimizer": {"w": {"step": 3}}}
     writer = shards.Writer(sharded_folder, 40)
     dcp.save(saved, storage_writer=writer, no_dist=True)
@@ -681,7 +681,7 @@ def test_a_damaged_snapshot_is_replaced(sharded_folder):
 
 
 def test_weights_of_a_gpu_are_read_on_the_cpu(tmp_path):
-    """Whoever compares runs of several GPUs would open a context on each, and subtract across devices."""
+    """Otherwise, comparing runs of several GPUs would open a context on each, and subtract across devices."""
     torch.serialization.register_package(0, lambda storage: "cuda:1", lambda storage, location: None)
     try:
         save(tmp_path, **state(10))
