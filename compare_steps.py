@@ -62,18 +62,18 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--steps", type=step_list, default=list(STEPS), metavar="02,03", help="which steps (all there are)")
-    add("--ranks", type=rank_list, default=[2], metavar="2,3", help="each step from 02 on at these sizes (2)")
+    add("--steps", type=step_list, default=list(STEPS), metavar="02,03", help="which steps (all)")
+    add("--ranks", type=rank_list, default=[2], metavar="2,3", help="numbers of ranks for steps 02 to 05 (2)")
     add("--batch-size", type=whole_number, default=192, metavar="N", help="of all ranks together (192)")
     add("--precision", choices=["float32", "float64", "bf16"], default="float32", help="float64 is the proof")
-    add("--use-gpu", type=int, choices=[0, 1], help="1: GPUs, 0: CPU; unless given, GPUs if they suffice")
+    add("--use-gpu", type=int, choices=[0, 1], help="1: GPUs, 0: CPU; by default, GPUs if there are enough")
     add("--output", type=Path, default=Path("comparison"), metavar="NAME", help="NAME.json and NAME.png")
     args, rest = parser.parse_known_args()
     if not os.access(args.output.parent, os.W_OK):
         fail(f"cannot write to {args.output.parent}: choose another --output")
     for ranks in args.ranks:
         if args.batch_size % ranks:
-            fail(f"--batch-size {args.batch_size} cannot be dealt to {ranks} ranks: make it a multiple")
+            fail(f"--batch-size {args.batch_size} cannot be divided among {ranks} ranks: make it a multiple")
     return args, rest
 
 
@@ -138,9 +138,9 @@ def compare(run: dict[str, Any], first: dict[str, Any], precision: str) -> list[
     problems = []
     name = f"{run['step']} at {run['ranks']} ranks"
     if (run["dataset"], run["total"]) != (first["dataset"], first["total"]):
-        problems.append(f"{name} has other data than step 01")
+        problems.append(f"{name} has different data from step 01")
     if len(run["losses"]) != len(first["losses"]):
-        problems.append(f"{name}: {len(run['losses'])} steps, step 01 {len(first['losses'])}")
+        problems.append(f"{name}: {len(run['losses'])} steps, but step 01 has {len(first['losses'])}")
     # Written so that what is not a number is beyond every tolerance.
     if not run["weight_difference"] <= TOLERANCE[precision]:
         problems.append(f"{name}: weights differ by {run['weight_difference']:.1e}")
@@ -148,7 +148,7 @@ def compare(run: dict[str, Any], first: dict[str, Any], precision: str) -> list[
         problems.append(f"{name}: the loss of a step differs by {run['loss_difference']:.1e}")
     tolerance = accuracy_tolerance(precision, first["correct"], first["total"])
     if abs(run["correct"] - first["correct"]) > tolerance * first["total"]:
-        problems.append(f"{name}: {run['correct']} answers correct, step 01 {first['correct']}")
+        problems.append(f"{name}: {run['correct']} correct answers, but step 01 has {first['correct']}")
     return problems
 
 
@@ -231,7 +231,7 @@ def main() -> None:
     points = 100 * accuracy_tolerance(args.precision, runs[0]["correct"], runs[0]["total"])
     bound = f"accuracy within {points:.2f} points"
     if math.isfinite(TOLERANCE[args.precision]):
-        bound = f"weights and losses within {TOLERANCE[args.precision]}, the same answers right"
+        bound = f"weights and losses within {TOLERANCE[args.precision]}, the same number of correct answers"
     print(f"\n{table(runs, args.precision)}\n")
     for run in runs:
         del run["weights"]

@@ -15,23 +15,23 @@ usage: ./launch_multinode.sh [--check | --run | --local N] [OPTIONS] [-- TRAININ
 
 Trains on several machines ("nodes") at once: every node runs torchrun, which starts that node's ranks.
 
-  (unless told otherwise)   print, for each node, the commands to type there, and what has to be in place
+  (by default)              print, for each node, the commands to type there, and what has to be in place
   --check                   look at every node over SSH: is it ready? A table, and how to fix what is not
   --run                     start all nodes over SSH; when one fails, or on Ctrl-C, all of them stop
   --local N                 N "nodes" on this machine, on its CPU: a rehearsal that needs nothing
 
   --hosts A,B,…             the nodes, as SSH knows them (also USER@HOST); all meet at the first one
   --step 04|05              which step to train (04)
-  --nproc-per-node N        ranks on each node (2); gpu: as many as it has GPUs
+  --nproc-per-node N        ranks on each node (2); gpu: one for each of its GPUs
   --port N                  a free port on the first node (29500; with --local, one that is free)
   --master-addr ADDRESS     the first node as the others reach it (its name in --hosts)
   --elastic MIN:MAX         nodes may leave and join: c10d rendezvous, see 04_multinode/README.md
-  --max-restarts N          how often the ranks may be started again (0; with --elastic 3)
+  --max-restarts N          how often the ranks may be restarted (0; 3 with --elastic)
   --rdzv-id ID              with --elastic: a name for this run, the same on all nodes (the time)
   --rdzv-conf K=V,…         with --elastic: more settings of the rendezvous
   --interface NAME          the network interface between the nodes (found on each node)
   --threads N               CPU threads of a rank (1); without GPUs: the node's cores / its ranks
-  --dir DIR                 this folder's place on the nodes (the same as here)
+  --dir DIR                 this folder's path on the nodes (the same as here)
   --setup COMMAND           run first on each node (source .venv/bin/activate, if there is one)
   --ssh COMMAND             how to reach a node (ssh -o BatchMode=yes -o ConnectTimeout=5)
   --interface-to HOST       print the interface that leads to HOST, and exit
@@ -75,7 +75,7 @@ while (($#)); do
     --) shift && break ;;
     --help | -h) usage && exit 0 ;;
     --check | --run)
-        [ "$mode" = print ] || fail "$1 and --$mode exclude each other"
+        [ "$mode" = print ] || fail "$1 and --$mode cannot be used together"
         mode=${1#--} && shift && continue
         ;;
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
@@ -83,7 +83,7 @@ while (($#)); do
     (($# >= 2)) || case $1 in --*) fail "$1 needs a value, or is unknown (--help lists the options)" ;; esac
     case $1 in
     --local)
-        [ "$mode" = print ] || fail "$1 and --$mode exclude each other"
+        [ "$mode" = print ] || fail "$1 and --$mode cannot be used together"
         whole_number "$1" "$2" 1
         mode=local nodes_here=$2
         ;;
@@ -134,18 +134,18 @@ whole_number --port "$port" 1
 IFS=, read -r -a logins <<<"$hosts"
 count=${#logins[@]} names=()
 for login in "${logins[@]}"; do
-    [[ $login =~ ^([A-Za-z0-9._][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$login' in --hosts is no host name"
+    [[ $login =~ ^([A-Za-z0-9._][A-Za-z0-9._-]*@)?[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$login' in --hosts is not a host name"
     name=${login#*@}
     if [ "$mode" != local ]; then
         [[ " ${names[*]-} " != *" $name "* ]] || fail "--hosts names $name twice"
         ((count == 1)) || case $name in
-        localhost* | 127.*) fail "'$name' is another machine on each node: --hosts takes names that all nodes know" ;;
+        localhost* | 127.*) fail "'$name' means a different machine on each node: --hosts takes names that all nodes know" ;;
         esac
     fi
     names+=("$name")
 done
 master=${master:-${names[0]}}
-[[ $master =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$master' in --master-addr is no host name or address"
+[[ $master =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || fail "'$master' in --master-addr is not a host name or address"
 [ "$mode" = local ] || ((count == 1)) || case $master in
 localhost* | 127.*) fail "--master-addr $master leads every node to itself: give the first node's address" ;;
 esac
@@ -160,7 +160,7 @@ if [ -n "$elastic" ]; then
     whole_number --max-restarts "$restarts" 0
 elif [ -n "$restarts$rdzv_id$rdzv_conf" ]; then
     # A static rendezvous meets at one port, which the ranks that died may still hold.
-    fail "--max-restarts, --rdzv-id and --rdzv-conf belong to --elastic MIN:MAX (for a fixed number N:N)"
+    fail "--max-restarts, --rdzv-id and --rdzv-conf need --elastic MIN:MAX (N:N for a fixed number of nodes)"
 fi
 
 # --- one node's commands
@@ -210,11 +210,11 @@ if [ "$mode" = print ]; then
     [ "$step" = 04 ] || disk="on one disk that all nodes have in common"
     cat <<EOF
 
-# --- before you start (--check looks at it: ./launch_multinode.sh --check --hosts $hosts)
-# [ ] $master takes connections at port $port, and all nodes reach each other at any port: firewalls, VPNs
+# --- before you start (to check this: ./launch_multinode.sh --check --hosts $hosts)
+# [ ] $master accepts connections on port $port, and all nodes reach each other on any port: firewalls, VPNs
 # [ ] the same commit of this folder in $dir on every node
 # [ ] the same Python and the same torch on every node
-# [ ] MNIST in the --data-dir of every node, or a way to the internet to download it
+# [ ] MNIST in the --data-dir of every node, or internet access to download it
 # [ ] room for snapshots in --snapshot-dir; $disk
 # [ ] SSH to every node without a password, for --check and --run
 EOF
@@ -315,7 +315,7 @@ check() {
     for ((k = 0; k < count; k++)); do
         cell $k "${names[k]}" 16 yes
         if [ "$(said $k ssh)" != ok ]; then
-            cell $k no 5 "" "SSH: $(tail -n 1 "$scratch/errors.$k" | tr -d "\r"). Try: $ssh ${logins[k]} true; to let it in: ssh-copy-id ${logins[k]}"
+            cell $k no 5 "" "SSH: $(tail -n 1 "$scratch/errors.$k" | tr -d "\r"). Try: $ssh ${logins[k]} true; to set up a key: ssh-copy-id ${logins[k]}"
         elif [ "$(said $k folder)" != there ]; then
             cell $k ok 5 "" "there is no $dir: git clone the project there, or say where it is with --dir"
         else
@@ -330,14 +330,14 @@ check() {
             [ "$(same $k commit)$(same $k files)" = yesyes ] || good=""
             cell $k "$(said $k commit)" 18 "$good" "its code is not $first's ($(said 0 commit)): git pull, or copy the folder again"
             if ((k == 0)); then
-                good="port $port is taken there: end what listens (ss -tlnp), or choose another --port"
+                good="port $port is in use there: stop what is listening (ss -tlnp), or choose another --port"
             else
                 good="cannot connect to $master:$port: open it (and all ports between the nodes) in the firewall, or give --master-addr"
             fi
             cell $k "$(said $k port)" 7 "$([ -n "$(said $k port)" ] && echo yes)" "$good"
             case $(said $k interface) in
             "") cell $k none 10 "" "$(grep -m 1 ^error: "$scratch/errors.$k" || echo "no interface $interface"); see --interface" ;;
-            lo) cell $k lo 10 "" "the other node's name leads to this node itself: fix /etc/hosts" ;;
+            lo) cell $k lo 10 "" "the other node's name resolves to this node itself: fix /etc/hosts" ;;
             *) cell $k "$(said $k interface)" 10 yes ;;
             esac
             cell $k "$(said $k data)" 5 "$([ -n "$(said $k data)" ] && echo yes)" "no MNIST in $data_dir: copy it there, or let the first run download it (if this node has internet)"

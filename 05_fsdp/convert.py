@@ -54,7 +54,7 @@ def gather(state):
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         if not name:
-            raise ValueError(f"{part} is a tensor, and no dictionary of tensors")
+            raise ValueError(f"{part} is a tensor, not a dictionary of tensors")
         if part == "optimizer":
             name, _, slot = name.rpartition(".")
             slots[numbers[name]][slot] = tensor
@@ -92,14 +92,14 @@ def scatter(folder, state):
 def main(args):
     path = args.snapshot
     if not re.fullmatch(r"snapshot-\d{8,}(\.pt)?", path.name) or not path.exists():
-        fail(f"{path} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…")
+        fail(f"{path} is not a snapshot: give a file snapshot-….pt, or a folder snapshot-…")
     is_folder = path.is_dir()
     other = path.with_suffix(".pt" if is_folder else "")
     if other.exists():
-        fail(f"{other} is there already: delete it first")
+        fail(f"{other} already exists: delete it first")
     state, problem = sharded.read(path) if is_folder else snapshot.read(path)
     if problem:
-        fail(f"{path} is damaged ({problem}): take the one before it")
+        fail(f"{path} is damaged ({problem}): use the one before it")
     if state["format"] != snapshot.FORMAT:
         formats = f"has format {state['format']}, and this code has {snapshot.FORMAT}"
         fail(f"{path} {formats} ({snapshot.written_by(state)}): convert it with the code that wrote it")

@@ -19,7 +19,7 @@ from common.options import fail
 def check_gpus(use_gpu):
     """`fail` where there is no GPU, unless the user has asked for CPUs."""
     if use_gpu != 0 and count_gpus() == 0:
-        fail("FSDP is for GPUs, and there is none here: practise on CPUs with --use-gpu 0")
+        fail("FSDP is for GPUs, and there are none here: practice on CPUs with --use-gpu 0")
 
 
 def make_mesh(replicas, device, timeout):

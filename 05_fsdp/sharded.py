@@ -138,11 +138,11 @@ def metadata_of(layout, files):
         chunks = []
         for number, part in enumerate(entry["parts"]):
             if [type(part[key]) for key in ("file", "start", "bytes")] != [str, int, int]:
-                raise ValueError(f"a part of {name} is no file and two numbers")
+                raise ValueError(f"a part of {name} needs a file and two numbers")
             if part["file"] not in files:
                 raise ValueError(f"{part['file']} is not one of the files")
             if not 0 <= part["start"] < part["start"] + part["bytes"] <= files[part["file"]]:
-                raise ValueError(f"{name} is not all in {part['file']}")
+                raise ValueError(f"{name} is not entirely in {part['file']}")
             bytes_for_parts -= part["bytes"]
             if bytes_for_parts < 0:  # one part, many times: a small file would fill the memory
                 raise ValueError("its parts are larger than the files")

@@ -1,10 +1,10 @@
 """What the steps cost, each beside what it could be: one table of ratios, with the goal of each.
 
     python benchmarks/bench.py --data-dir data            # with no other work on the machine
-    python benchmarks/bench.py --data-dir data --quick    # few samples, no textbook: only whether it runs
+    python benchmarks/bench.py --data-dir data --quick    # few samples, no textbook: does it run?
 
 Both sides of a row take turns (A B A B …), because other programs disturb single timings. A ratio is the
-median of the turns, behind it their range. The last line says where all of it is written, as JSON and as a
+median of the turns, followed by their range. The last line says where all of it is written, as JSON and as a
 table: benchmarks/results/MACHINE.json and .md.
 """
 
@@ -81,7 +81,7 @@ def run(words: list[str], **variables: str) -> str:
     """What a command prints; `fail`s if it does."""
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
     if done.returncode != 0:
-        fail(f"{' '.join(words)} has ended with status {done.returncode}: it says why, above")
+        fail(f"{' '.join(words)} ended with status {done.returncode}: see its output above")
     return done.stdout
 
 
@@ -167,7 +167,7 @@ def rate(starts: list[list[str]], samples: int, size: int) -> float:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             running.append(subprocess.Popen([*words, *flags], stdout=subprocess.DEVNULL, env=env))
         if any([process.wait() for process in running]):
-            fail("a run has ended with an error: it says why, above")
+            fail("a run ended with an error: see its output above")
         files = [Path(folder, f"{number}.jsonl") for number in range(len(starts))]
         ends = [json.loads(file.read_text().splitlines()[-1]) for file in files]
     return float(sum(end["samples_per_s"] for end in ends))
@@ -205,7 +205,7 @@ def first_step(words: list[str]) -> float:
         took = next((time.perf_counter() - begun for line in process.stdout if "loss" in line), 0.0)
         process.stdout.read()
         if process.wait():
-            fail("a run has ended with an error: it says why, above")
+            fail("a run ended with an error: see its output above")
     return took
 
 
@@ -262,7 +262,7 @@ def time_to(args: argparse.Namespace) -> Iterator[Row]:
     for line in process.stdout:  # after each epoch, the accuracy
         theirs.append((time.perf_counter() - begun, float(line)))
     if process.wait():
-        fail("the textbook's script has ended with an error: it says why, above")
+        fail("the textbook's script ended with an error: see its output above")
     words = [sys.executable, str(ROOT / "benchmarks" / "speedrun.py"), f"--data-dir={args.data_dir}"]
     ours = json.loads(run([*words, "--seeds=3"]).splitlines()[-1])
     for percent, goal in ((98.5, 5), (99.0, 15)):
@@ -312,6 +312,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
-    parser.add_argument("--quick", action="store_true", help="few samples and one round: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few samples and one round: does it run?")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (benchmarks/results/…)")
     main(parser.parse_args())

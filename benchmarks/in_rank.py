@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node=2 benchmarks/in_rank.py 03 CELLS
 
 CELLS is JSON: a list of objects with `measure` (`loop`, `steps` or `save`), `rounds` (of a loop as many of
-them as fit into eight seconds, but two), `samples` (of a rank in an epoch) and `flags` of the step. Each cell
-builds what the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line of
-JSON that begins with `cell: `.
+them as fit into eight seconds, at least two), `samples` (of a rank in an epoch) and `flags` of the step. Each
+cell builds what the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line
+of JSON that begins with `cell: `.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
 """How long a step will take, before it is run: on this machine, where it can be checked, and on a large one.
 
     python benchmarks/predict.py --paper       # without measuring: a large machine, and the bytes of a rank
-    python benchmarks/predict.py --bytes       # these, and the bytes that step 05 itself says
+    python benchmarks/predict.py --bytes       # these, and the bytes that step 05 itself reports
     python benchmarks/predict.py               # all; as root also step 04, over slow links between two hosts
 
 A collective of n bytes takes α + β·n seconds: α until the first byte is there, β for each byte (a model as
 old as collectives, see Thakur et al., 2005, doi.org/10.1177/1094342005051521). α and β are fitted to ten
 sizes. A step takes what a rank does by itself, plus its collectives, one after another: nothing overlaps on a
-busy CPU. What a rank does by itself is measured with two runs of one rank side by side, for they share the
+busy CPU. What a rank does by itself is measured with two runs of one rank side by side, since they share the
 machine. Two ranks wait for each other in each step, so of each pair of steps the slower one counts.
 """
 
@@ -130,7 +130,7 @@ def steps(step: str, model: str, size: int, of_a_run: int) -> list[list[float]]:
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) for _ in starts]
     out = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
-        raise SystemExit("a run has ended with an error: it says why, above")
+        raise SystemExit("a run ended with an error: see its output above")
     return [json.loads(text.partition("cell: ")[2].splitlines()[0])["seconds"] for text in out]
 
 
@@ -271,7 +271,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--paper", action="store_true", help="nothing that has to be measured")
-    parser.add_argument("--bytes", action="store_true", help="of a rank, measured too, and no seconds")
+    parser.add_argument("--paper", action="store_true", help="only what needs no measuring")
+    parser.add_argument("--bytes", action="store_true", help="also measure a rank's bytes, but no seconds")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
     main(parser.parse_args())

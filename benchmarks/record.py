@@ -4,7 +4,7 @@
     python benchmarks/record.py --data-dir data --only vit  # those with these words in them
 
 The pages say which: `<!-- output: COMMAND`. Each runs in a folder of its own that has the repository's files,
-and MNIST as `data`. What came, how long it took, where and when goes to benchmarks/results/outputs.json, from
+and MNIST as `data`. The output, seconds, machine and date go to benchmarks/results/outputs.json, from
 which `make docs` fills the pages; comparison.png goes to docs. Half an hour, as root, on an idle machine.
 """
 

@@ -1,4 +1,4 @@
-"""99 % on MNIST in one epoch: how sure, and how soon.
+"""99 % on MNIST in one epoch: how reliably, and how fast.
 
     python benchmarks/speedrun.py --data-dir data --seeds 30            # step 01
     python benchmarks/speedrun.py --data-dir data --seeds 30 --ranks 2  # step 03, the same global batch
@@ -6,7 +6,7 @@
 Each seed is a run of a step with label smoothing, see benchmarks/label_smoothing.py. Prints accuracy and
 seconds of each, then their mean and standard deviation. The last line is JSON.
 
-What is left out: `train_seconds` are the training steps alone, as the script reports them. `wall_seconds` are
+The seconds: `train_seconds` are the training steps alone, as the script reports them. `wall_seconds` are
 all from the start of the process to the result on the terminal: importing torch, reading MNIST from the disk,
 training, testing. Nothing is warmed up, no run is left out, and the test set decides nothing in a run.
 """
@@ -59,7 +59,7 @@ def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float
             if "accuracy" in line:
                 wall = time.perf_counter() - begun
         if process.wait():
-            fail(f"the run with seed {seed} ended with status {process.returncode}: it says why, above")
+            fail(f"the run with seed {seed} ended with status {process.returncode}: see its output above")
         lines = Path(folder, "m").read_text().splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if events[0]["dataset"] != "mnist":
@@ -78,7 +78,7 @@ def machine() -> str:
 
 def main(args: argparse.Namespace) -> None:
     if GLOBAL_BATCH % args.ranks:
-        fail(f"--ranks {args.ranks} does not divide the global batch of {GLOBAL_BATCH}: take 1, 2, 4 or 8")
+        fail(f"--ranks {args.ranks} does not divide the global batch of {GLOBAL_BATCH}: use 1, 2, 4 or 8")
     words = command(args.ranks, args.precision)
     print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
     runs = []
@@ -112,6 +112,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help="how many runs (5)")
     parser.add_argument("--ranks", type=whole_number, default=1, metavar="N", help="processes, 1 or more (1)")
     parser.add_argument(
-        "--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 unless given"
+        "--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 by default"
     )
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""A textbook's script, which the speed of the steps is measured beside.
+"""A textbook's script, with which the speed of the steps is compared.
 
     python benchmarks/textbook.py --data-dir data --epochs 8 --until 99
 

@@ -42,6 +42,6 @@ def setup_device(use_gpu: int | None, local_rank: int = 0, local_world_size: int
             warn("--use-gpu 1, but there is no GPU here that ranks can use: training on the CPU instead")
         return torch.device("cpu")
     if local_world_size > gpus:
-        fail(f"{local_world_size} processes, but GPUs: {gpus}; start as many, or add --use-gpu 0")
+        fail(f"{local_world_size} processes, but {gpus} GPU(s): start one per GPU, or add --use-gpu 0")
     torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
     return torch.device(f"{torch.accelerator.current_accelerator()}:{local_rank}")

@@ -59,7 +59,7 @@ def check_socket_paths() -> None:
     name = "/pymp-12345678/listener-12345678"  # in Python's multiprocessing
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder + name)) > longest:
-        fail(f"{folder} is too long a name for the sockets of --num-workers: set TMPDIR to a shorter one")
+        fail(f"the path {folder} is too long for the sockets of --num-workers: set TMPDIR to a shorter one")
 
 
 def collate(samples: Any) -> Any:

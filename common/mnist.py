@@ -58,7 +58,7 @@ def load_mnist(data_dir: Path, num_samples: int | None = None) -> tuple[Digits, 
     raw = data_dir / "MNIST" / "raw"
     problem = download(data_dir, raw)
     if problem:
-        fallback = f"MNIST could not be downloaded ({problem}), so these are synthetic digits"
+        fallback = f"MNIST could not be downloaded ({problem}), so training uses synthetic digits"
         warn(fallback)
         return synthetic(FALLBACK_SAMPLES, fallback)
     train_images, train_labels, test_images, test_labels = [read(raw / name) for name in FILES]

@@ -70,7 +70,7 @@ class OneLineParser(argparse.ArgumentParser):
         if getattr(found, "model", "") == "resnet18" and found.batch_size == 1:
             self.error("--model resnet18 needs a --batch-size of 2 or more: batch norm compares samples")
         if getattr(found, "compile", False) and not has_compiler():
-            self.error("--compile needs a compiler for C++, such as g++, and there is none: install it")
+            self.error("--compile needs a C++ compiler, such as g++, and none was found: install one")
         return found, rest
 
 
@@ -126,10 +126,10 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
     add("--eval-batch-size", type=whole_number, default=1000, metavar="N", help="the same, for tests (1000)")
     add("--lr", type=positive_float, default=1e-3, metavar="X", help="AdamW's learning rate (0.001)")
-    add("--schedule", choices=["constant", "one-cycle"], default="constant", help="constant unless given")
+    add("--schedule", choices=["constant", "one-cycle"], default="constant", help="constant by default")
     add("--seed", type=natural, default=0, metavar="N", help="the same on every rank (0)")
-    add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn unless given")
-    add("--vit-width", type=width, default=64, metavar="N", help="of each of vit's blocks (64)")
+    add("--model", choices=["cnn", "resnet18", "vit"], default="cnn", help="cnn by default")
+    add("--vit-width", type=width, default=64, metavar="N", help="width of vit's blocks (64)")
     add("--vit-depth", type=whole_number, default=4, metavar="N", help="how many blocks vit has (4)")
     add("--num-samples", type=sample_count, metavar="N", help="train on N synthetic digits, not MNIST")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
@@ -137,12 +137,12 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     add("--snapshot-dir", type=Path, metavar="DIR", help=f"where to save and resume (checkpoints/{step}/…)")
     add("--allow-changes", action="store_true", help="resume with flags that change what is trained")
     add("--save-every", type=whole_number, metavar="N", help="a snapshot every N steps, not only every epoch")
-    add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; unless given, a GPU if there is one")
-    add("--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 unless given")
+    add("--use-gpu", type=int, choices=[0, 1], help="1: GPU, 0: CPU; by default, a GPU if there is one")
+    add("--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 by default")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--metrics", type=Path, metavar="FILE", help="append one JSON object per line to FILE")
     add("--profile", type=Path, metavar="DIR", help="write a trace of steps 8 to 10 on each rank to DIR")
-    add("--verbose", action="store_true", help="every rank logs, not rank 0 alone")
+    add("--verbose", action="store_true", help="every rank logs, not only rank 0")
     if launcher:
         # As long as NCCL's own default: a first step may compile the model, or wait for cold data. Saving and
         # loading may take longer, see process_group.keep_alive.
@@ -160,10 +160,10 @@ def check_torchrun(expected: bool) -> None:
     if not expected:
         started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
         if started:  # each process would train for itself, into the same folder
-            fail(f"this script is not for torchrun: python {shlex.join(sys.argv)}")
+            fail(f"this script is not for torchrun; use: python {shlex.join(sys.argv)}")
         return
     if any(re.match("--local[-_]rank", word) for word in sys.argv):
-        fail(f"torch.distributed.launch passes --local-rank, which is not taken here: {use_torchrun()}")
+        fail(f"torch.distributed.launch passes --local-rank, which is not accepted here: {use_torchrun()}")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:

@@ -44,14 +44,14 @@ def rendezvous() -> Iterator[None]:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).splitlines()[0]
-        fail(f"the ranks do not meet: {reason}; is the port free, is every rank started?")
+        fail(f"the ranks did not find each other: {reason}; is the port free, and has every rank started?")
     except RuntimeError as error:
         # The old NCCL backend raises DistBackendError, and `nccl2`, the default from torch 2.15 on, a plain
         # RuntimeError. The last line has the cause, and the others NCCL's own places.
         if not isinstance(error, dist.DistBackendError) and "NCCL" not in str(error):
             raise
         reason = str(error).splitlines()[-1]
-        fail(f"the ranks meet, and cannot talk: {reason}; NCCL_DEBUG=INFO tells more")
+        fail(f"the ranks found each other, but cannot communicate: {reason}; NCCL_DEBUG=INFO shows more")
 
 
 def gather_objects(value: Any) -> list[Any]:

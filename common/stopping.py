@@ -234,8 +234,8 @@ def watch_for_the_end(reader: int) -> None:
 
 def end_now(number: int, why: str) -> None:
     """End this process, whatever it is doing, with the status that shells give to a signal."""
-    rank = f"rank {dist.get_rank()} has " if dist.is_initialized() else ""
-    lost = "ends at once, and what was trained after the last snapshot is lost"
+    rank = f"rank {dist.get_rank()} received " if dist.is_initialized() else ""
+    lost = "ending at once, and what was trained after the last snapshot is lost"
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, f"error: {rank}{signal.Signals(number).name}{why}: {lost}\n".encode())
     for child in multiprocessing.active_children():

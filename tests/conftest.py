@@ -14,8 +14,8 @@ from filelock import FileLock
 
 pytest.register_assert_rewrite("helpers", "soak")
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of torch in this process: the tests share two cores
-# torch asks the name server about its own connections. An answer that is lost costs five seconds, otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for torch in this process: the tests share two cores
+# torch asks the name server about its own connections. Without this, a lost answer costs five seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 import forks  # noqa: E402
@@ -24,30 +24,30 @@ from helpers import GLOBAL_BATCH, PROOF, PROOF_OF_VIT, ROOT, Run, read_run, trai
 
 MARKS = {
     "slow": "repeats what a quicker test does, or takes a minute: make test-all",
-    "root": "needs root, for hosts, disks or Slurm of its own: make test-all as root",
-    "long": "takes minutes more: make test-all ARGS=--long",
-    "gpu": "needs a GPU: make gpu on a machine that has one; make test-all pretends, on CPUs",
+    "root": "needs root, for its own hosts, disks or Slurm: make test-all as root",
+    "long": "takes several minutes: make test-all ARGS=--long",
+    "gpu": "needs a GPU: make gpu on a machine that has one; make test-all uses CPUs instead",
     "other": "needs a second Python with torch: --other-python=<its path>",
-    "few": "few(n): make test draws n of its cases; all: make test-all",
-    "sample": "sample(n): of its cases n are drawn each time; all: make test-all ARGS=--long",
+    "few": "few(n): make test draws n of its cases; make test-all runs all",
+    "sample": "sample(n): n of its cases are drawn each time; make test-all ARGS=--long runs all",
 }
-SEED = "SEED"  # the environment variable that decides what is drawn at random, for whoever repeats a run
-ENDED = pytest.StashKey[str]()  # of a test: how, and after how many seconds
-# What is started from here begins with Ctrl-C as it is by default, however `make test` was started.
+SEED = "SEED"  # the environment variable that decides what is drawn at random; the same value repeats a run
+ENDED = pytest.StashKey[str]()  # how a test ended, and after how many seconds
+# The processes that tests start handle Ctrl-C in the default way, however `make test` was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="a folder with MNIST in it, for the tests that need it")
-    parser.addoption("--all", action="store_true", help="also the tests that are marked slow, root or gpu")
-    parser.addoption("--long", action="store_true", help="with --all: also those that are marked long")
+    parser.addoption("--all", action="store_true", help="also run tests that are marked slow, root or gpu")
+    parser.addoption("--long", action="store_true", help="with --all: also run tests that are marked long")
     parser.addoption("--other-python", help="a second Python with torch: each resumes the other's runs")
-    parser.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
+    parser.addoption("--no-skips", action="store_true", help="count a skipped test as failed")
 
 
 def pytest_report_header() -> str:
-    """What the word of these tests is worth."""
-    gpus = "GPUs: " + str(torch.cuda.device_count() or "none; tests/clusters/test_gpu.py pretends, on CPUs")
+    """Say what the tests run on, and how to draw the same samples again."""
+    gpus = "GPUs: " + str(torch.cuda.device_count() or "none; tests/clusters/test_gpu.py uses CPUs instead")
     return f"{gpus}; SEED={os.environ[SEED]} draws the same samples"
 
 
@@ -63,9 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked and not asked for, and of what is sampled all but a few.
+    """Leave out the marked tests that were not asked for, and all but a few of the sampled ones.
 
-    A test that the command line names is never left out.
+    If the command line names a test with `::`, nothing is left out.
     """
     if any("::" in argument for argument in config.args):
         return
@@ -83,15 +83,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rest += not_drawn("few", [item for item in items if item not in rest])
     config.hook.pytest_deselected(items=rest)
     items[:] = [item for item in items if item not in rest]
-    # Those that take long come first: at the end, the workers would wait for the last of them.
+    # Slow tests come first: at the end, the other workers would wait for the last of them.
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("slow", "root", "gpu"))))
 
 
 def not_drawn(kind: str, items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of each test that is marked `sample(n)`, or `few(n)`: all its cases but n, which SEED draws.
+    """For each test marked `sample(n)` or `few(n)`, all its cases except the n that SEED draws.
 
-    A mark on some cases is for these alone, unless the test has one for all. With `sample(n, name)`, n are
-    drawn of all the tests that give this name.
+    A mark on some cases counts only for these cases, unless the test itself has a mark, which counts for all.
+    With `sample(n, name)`, n are drawn from all the tests that give this name.
     """
     cases: dict[str, list[pytest.Item]] = {}
     numbers: dict[str, int] = {}
@@ -110,7 +110,7 @@ def not_drawn(kind: str, items: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Say which promise a test that fails is about; with --no-skips, fail where it would be skipped."""
+    """Say which promise a failing test is about. With --no-skips, count a skipped test as failed."""
     report = yield
     if report.when == "call" or not report.passed:
         how = report.outcome
@@ -137,16 +137,16 @@ def mnist_dir(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Run]:
-    """A run of a step that several tests compare theirs with: made once for all processes that test."""
+    """A run of a step, which several tests compare their own runs with; made once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     shared = base if worker_id == "master" else base.parent
 
     def get(step: str, ranks: int, *flags: str, root: Path = ROOT) -> Run:
-        where = "" if root == ROOT else f"{root.name}-"  # a copy: the same for all processes, by its name
+        where = "" if root == ROOT else f"{root.name}-"  # a copy has the same name in all processes
         folder = shared / f"run-{where}{step}-{ranks}{''.join(flags).replace('/', '_')}"
         with FileLock(f"{folder}.lock"):
             if forks.TRACE in os.environ or not (folder / "out").exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a try that failed
                 (folder / "out").write_text(train(step, ranks, folder, *flags, root=root).out)
         return read_run(f"step {step} at {ranks} ranks", folder, (folder / "out").read_text())
 
@@ -155,7 +155,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
 
 @pytest.fixture(scope="session")
 def proof(once: Callable[..., Run]) -> Callable[..., Run]:
-    """The run of a step with the flags PROOF, or PROOF_OF_VIT: they prove that all steps learn the same."""
+    """A step's run with the flags PROOF or PROOF_OF_VIT, which show that all steps learn the same."""
 
     def get(step: str, ranks: int = 1, model: str = "cnn") -> Run:
         flags, batch = (PROOF_OF_VIT, 4 * GLOBAL_BATCH) if model == "vit" else (PROOF, GLOBAL_BATCH)

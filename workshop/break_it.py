@@ -1,13 +1,13 @@
 """Cards: a small change that breaks training, what is printed then, and the way to find the reason.
 
     python workshop/break_it.py                   the cards
-    python workshop/break_it.py 07                show the change of card 07, run it, show what comes
+    python workshop/break_it.py 07                show the change of card 07, run it, show the output
     python workshop/break_it.py 07 --unbroken     the same commands, without the change
     python workshop/break_it.py 07 --diagnose     the change again, with the tools that find the reason
     python workshop/break_it.py 07 --into DIR     leave the broken copy in DIR, to fix it there
 
 Nothing in the project is changed: each run has a copy of it, which is gone afterwards. The pages of the cards
-are in workshop/break_it. Exit status: 0 when the commands have run, however they ended, 2 when the question
+are in workshop/break_it. Exit status: 0 when the commands have run, however they ended, 2 when the command
 was wrong.
 """
 
@@ -65,9 +65,9 @@ def apply(patch: Path, folder: Path) -> None:
     try:
         done = subprocess.run(words, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True)
     except FileNotFoundError:
-        stop("there is no git here, which applies the change: install git")
+        stop("git is needed to apply the change: install it")
     if done.returncode:
-        stop(f"{patch} does not fit the scripts: {done.stderr.strip().splitlines()[0]}")
+        stop(f"{patch} does not apply to the scripts: {done.stderr.strip().splitlines()[0]}")
 
 
 def words_of(command: str) -> tuple[list[str], dict[str, str]]:
@@ -161,7 +161,7 @@ def show(card: Path, folder: Path, patches: list[Path], commands: list[str]) -> 
         outputs.append(run(command, folder, facts.get("seconds", SECONDS)))
         print()
     if "labels" in facts and commands == facts["commands"]:
-        print("Beside each other:\n")
+        print("Side by side:\n")
         print("\n".join(beside(facts["labels"], outputs, facts.get("lines", LOSSES))), end="\n\n")
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     commands = facts["commands"]
     if args.into:
         if args.into.exists():
-            stop(f"{args.into} is there already: name a folder that is not")
+            stop(f"{args.into} already exists: name a folder that does not")
         args.into.mkdir(parents=True)
         copy_project(args.into, card)
         apply(patches[0], args.into)
@@ -203,7 +203,7 @@ def main() -> None:
         patches = []
     if args.diagnose:
         if "diagnosis" not in facts:
-            stop(f"card {card.name[:2]} needs no tool: its page tells how to find the reason")
+            stop(f"card {card.name[:2]} needs no tool: its page says how to find the reason")
         patches, commands = sorted(card.glob("*.patch")), facts["diagnosis"]
     with tempfile.TemporaryDirectory(prefix="break-it-") as folder:
         copy_project(Path(folder), card)

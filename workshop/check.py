@@ -1,14 +1,14 @@
-"""Exercises for the five steps, and what judges your answers.
+"""Exercises for the five steps, and the program that judges your answers.
 
-    python workshop/check.py                 the exercises, and how far you are
-    python workshop/check.py 05              try your file, workshop/mine/05.py; the first time, make it
+    python workshop/check.py                 the exercises, and your progress
+    python workshop/check.py 05              try your file, workshop/mine/05.py; the first time, create it
     python workshop/check.py 05 FILE         try any file
-    python workshop/check.py 05 --watch      try it each time that you save it; Ctrl-C ends that
+    python workshop/check.py 05 --watch      try it each time that you save it; Ctrl-C ends this
     python workshop/check.py 05 --hint       the next hint
     python workshop/check.py 05 --solution   the difference between your file and ours
 
 What is judged is what your functions do on 1, 2 and 3 ranks, not how they are written. Exit status: 0 when
-every promise is kept, 1 when one is broken, 2 when the question was wrong.
+every promise is kept, 1 when one is broken, 2 when the command was wrong.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def own_file(number: str, folder: Path) -> Path:
     if not file.exists():
         MINE.mkdir(exist_ok=True)
         file.write_text(text_of(folder, "start"))
-        say(f"made {shorter(file)}: read {shorter(folder / 'README.md')}, then write what is missing in it")
+        say(f"created {shorter(file)}: read {shorter(folder / 'README.md')}, then fill in what is missing")
     return file
 
 
@@ -130,7 +130,7 @@ def run(number: str, folder: Path, file: Path) -> bool:
         if file.parent == MINE and number not in progress["passed"]:
             progress["passed"] = sorted([*progress["passed"], number])
             remember(progress)
-        say(f"\n{textwrap.fill('One thing more: ' + about(folder)['fact'], 100)}\n")
+        say(f"\n{textwrap.fill('One more thing: ' + about(folder)['fact'], 100)}\n")
         say(bar(len(progress["passed"]), len(exercises())))
         return True
     say(f"  broken  {found.broken}", "red")
@@ -168,7 +168,7 @@ def solution(number: str, folder: Path, file: Path) -> None:
     """Show how ours differs; who has not passed is asked once."""
     progress = remembered()
     if number not in [*progress["passed"], *progress["agreed"]]:
-        answer = input(f"exercise {number} has not passed yet. See the solution all the same? [y/N] ")
+        answer = input(f"You have not passed exercise {number} yet. See the solution anyway? [y/N] ")
         if answer.strip().lower() not in ("y", "yes"):
             return
         progress["agreed"].append(number)
@@ -183,11 +183,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("number", nargs="?", metavar="NN", help="which exercise")
-    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="workshop/mine/NN.py unless given")
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="workshop/mine/NN.py by default")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--watch", action="store_true", help="try it each time that it is saved")
     what.add_argument("--hint", action="store_true", help="the next hint")
-    what.add_argument("--solution", action="store_true", help="the difference to ours")
+    what.add_argument("--solution", action="store_true", help="the difference between your file and ours")
     args = parser.parse_args()
     if args.number is None:
         ladder()
@@ -201,7 +201,7 @@ def main() -> int:
         return 0
     file = (args.file or own_file(number, folder)).resolve()
     if not file.is_file():
-        stop(f"{file} is not there: leave it out to try workshop/mine/{number}.py")
+        stop(f"{file} does not exist: leave it out to try workshop/mine/{number}.py")
     if args.solution:
         solution(number, folder, file)
         return 0

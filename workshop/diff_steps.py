@@ -1,12 +1,12 @@
 """The difference between two neighbouring steps, a piece at a time, in the order of the later step's page.
 
-    python workshop/diff_steps.py 02 03                  one piece after another: Enter goes on, q ends
+    python workshop/diff_steps.py 02 03                  one piece after another: Enter continues, q quits
     python workshop/diff_steps.py 02 03 --list           the pieces
-    python workshop/diff_steps.py 02 03 --only imports   this one
+    python workshop/diff_steps.py 02 03 --only imports   only this piece
 
-Each piece has the heading under which the page shows it, the first paragraph there, and its lines. Where the
-output is no terminal, all pieces come at once. docs/index.html shows the same beside the whole scripts. Exit
-status: 0, or 2 when the question was wrong.
+Each piece has the heading under which the page shows it, the first paragraph there, and its lines. If the
+output is not a terminal, all pieces come at once. docs/index.html shows the same beside the whole scripts.
+Exit status: 0, or 2 when the command was wrong.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def show(piece: Stop, number: int, of: int) -> None:
 def goes_on() -> bool:
     """Ask at a terminal whether to go on; the end of the input means no."""
     try:
-        return input("Enter: the next piece, q: the end ").strip().lower() not in ("q", "quit")
+        return input("Enter: next piece, q: quit ").strip().lower() not in ("q", "quit")
     except EOFError:
         print()
         return False
@@ -82,7 +82,7 @@ class OneLineParser(argparse.ArgumentParser):
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="NN", help="the earlier step")
-    parser.add_argument("after", metavar="MM", help="the step behind it")
+    parser.add_argument("after", metavar="MM", help="the step after it")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--list", action="store_true", help="the names of the pieces, and how large they are")
     which.add_argument("--only", metavar="PIECE", help="show this piece")
@@ -103,7 +103,7 @@ def main() -> None:
     if args.only is not None:
         numbered = [(number, piece) for number, piece in numbered if piece.name == args.only]
         if not numbered:
-            stop(f"there is no piece {args.only} between steps {before} and {after}: --list has their names")
+            stop(f"there is no piece {args.only} between steps {before} and {after}: see --list")
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     for number, piece in numbered:
         show(piece, number, len(pieces))

@@ -301,7 +301,7 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
             return [f"not written yet{where}: {what.partition(': ')[2]}"]
         lines = [f"{head}, rank {rank} ended with an error{where}:", f"  {what}"]
         if LOST.search(what):
-            lines.append("  another rank has left already: is this call behind an `if`, or a `return`?")
+            lines.append("  another rank has already exited: is this call in an `if`, or after a `return`?")
         return lines
     lines.append(f"{head}, it hangs: a rank waits for another that does not come.")
     for rank, process in enumerate(group.processes):
@@ -309,14 +309,12 @@ def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
         if process.returncode == 0:
             lines.append(f"  rank {rank} has ended")
         elif place is None:
-            came = (
-                "is through" if pairs[rank] is not None else "does not come: it is not in your file any more"
-            )
+            came = "is done" if pairs[rank] is not None else "does not come: it is no longer in your file"
             lines.append(f"  rank {rank} {came}")
         else:
             line, waits = place
             text = file.read_text().splitlines()[line - 1].strip()
-            lines.append(f"  rank {rank} {'waits' if waits else 'is'} in line {line}: {text}")
+            lines.append(f"  rank {rank} {'waits' if waits else 'is'} at line {line}: {text}")
     return lines
 
 

@@ -169,7 +169,7 @@ def compared(
     reference = found["reference"].run
     if reference is None:
         why = end_of(found["reference"])
-        print(f"error: not judged, because step 01 did not end well here: {why}", file=sys.stderr)
+        print(f"error: not judged, because step 01 failed here: {why}", file=sys.stderr)
         sys.exit(2)
     verdict = Verdict()
 
@@ -252,7 +252,7 @@ def compared(
         return (
             []
             if said
-            else ["with 2 ranks, started again: it has begun anew", "  expected: resumed from snapshots"]
+            else ["with 2 ranks, started again: it began from scratch", "  expected: resumed from snapshots"]
         )
 
     def rest() -> list[str]:
@@ -267,7 +267,7 @@ def compared(
             return []
         told = [f"{loss:.10f}" for loss in again["losses"]]
         return [
-            f"with 2 ranks, started again after step {SAVED} of {STEPS}: it goes on with the losses {told}",
+            f"with 2 ranks, started again after step {SAVED} of {STEPS}: it continues with the losses {told}",
             f"  expected [{losses_of(reference)[SAVED]:.10f}], of the images that were left",
         ]
 
@@ -284,8 +284,8 @@ def compared(
         if snapshots(run.snapshot_dir, sharded=True):
             return []
         return [
-            "with 2 ranks: one file has all weights",
-            "  expected: a folder, with a file of each rank",
+            "with 2 ranks: one file has all the weights",
+            "  expected: a folder, with a file from each rank",
             *todo_lines(todo),
         ]
 
@@ -301,13 +301,13 @@ def compared(
 
     promises: list[tuple[str, str, Callable[[], list[str]]]] = [
         ("it runs to its end on 2 and on 3 ranks", page, ends("2 ranks", "3 ranks")),
-        ("started again, it goes on from its snapshot and ends", page, ends("2 ranks, resumed")),
+        ("started again, it resumes from its snapshot and finishes", page, ends("2 ranks, resumed")),
         *([("imported, as mp.spawn does in each rank, it starts nothing", page, imported)] * (step == "02")),
         ("the ranks are one group, and rank 0 alone reports", page, one_group),
         ("each loss of the first epoch is step 01's: that of all ranks", page, losses(0, STEPS)),
-        ("the run that was started again has not begun anew", page, resumed),
-        ("in mid-epoch it goes on with the images that are left", page, rest),
-        ("so it is in the second epoch, which has an order of its own", page, losses(STEPS, 2 * STEPS)),
+        ("the run that was started again has not begun from scratch", page, resumed),
+        ("in mid-epoch it continues with the images that are left", page, rest),
+        ("the second epoch, in its own order, has the losses of step 01", page, losses(STEPS, 2 * STEPS)),
         ("the weights end where step 01's end", page, weights),
         ("the evaluation counts each image once", page, evaluation),
         *(
@@ -356,10 +356,10 @@ def todo_lines(todo: str) -> list[str]:
 def end_of(attempt: Attempt) -> str:
     """How a run has ended, in one line: what it says itself if it does."""
     if attempt.status is None:
-        return "it hangs: for a while it has written nothing (on a very busy machine: try again)"
+        return "it hangs: it has written nothing for a while (on a very busy machine: try again)"
     text = attempt.err
     errors = re.findall(r"^error: .*$", text, re.M) + re.findall(
         r"^(?:\[rank\d+\]: )?(\w+(?:\.\w+)*Error: .*)$", text, re.M
     )
-    what = errors[0] if errors else (text.strip().splitlines() or ["no word"])[-1]
+    what = errors[0] if errors else (text.strip().splitlines() or ["no message"])[-1]
     return f"it ended with status {attempt.status}: {what}"

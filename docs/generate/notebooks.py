@@ -1,4 +1,4 @@
-"""Makes each step's walkthrough.ipynb of what is there already: README, script, an exercise, questions.
+"""Makes each step's walkthrough.ipynb from what exists: its README, script, an exercise, questions.
 
 A notebook writes the script again in pieces, with the README's sections before the functions that they tell
 of, runs it, and draws what it has learned. Texts that are written here are in capitals at the top.

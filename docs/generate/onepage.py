@@ -76,7 +76,7 @@ SCRIPTS = {step: coloured(script(step)) for step in FOLDERS}
 def row(sign: str, number: int | None, html: str, more: str = "") -> str:
     """A line of a script. Its number and its sign are set by the style sheet, so that they are not copied.
 
-    A line that is too long goes on below its own beginning, and may break where an attribute begins.
+    A line that is too long continues below its own beginning, and may break where an attribute begins.
     """
     tag = {"-": "del", "+": "ins"}.get(sign, "div")
     words = html.lstrip(" ")

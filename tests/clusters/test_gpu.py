@@ -1,14 +1,15 @@
-"""What the other tests prove on CPUs, on a GPU, and what only a GPU can show.
+"""What the other tests prove on CPUs, proved on a GPU, and what only a GPU can show.
 
     make gpu                        one card is enough, with torch, torchvision, pytest and tqdm
     make gpu GPU_PRETEND=cpu        the same tests without a GPU, smaller, so that each line of them runs
 
-`make gpu` writes what it measured, and how each test ended, to benchmarks/results/<card>.json, a pretence to
-a temporary folder. Where only some are run (ARGS="-k …"), that of the others stays as it is. It fails where
-there is no GPU; `make test-all` pretends there, and `make test` leaves these tests out.
+`make gpu` writes what it measured, and how each test ended, to benchmarks/results/<card>.json; with
+GPU_PRETEND=cpu, to a temporary folder. If only some tests run (ARGS="-k …"), the results of the others stay
+as they are. Without a GPU, `make gpu` fails, and `make test-all` uses CPUs instead. `make test` leaves these
+tests out.
 
-Each run is a real process: a fork (forks.py) of what has touched CUDA cannot use it. Such a start takes ten
-seconds, so runs that do not disturb each other run together.
+Each run is a real process: a fork (forks.py) of a process that has used CUDA cannot use it. Such a start
+takes ten seconds, so runs that do not disturb each other run at the same time.
 """
 
 import datetime
@@ -57,18 +58,18 @@ if WISH == "no" and not REAL:
 
 CARDS = torch.cuda.device_count() if REAL else 2
 DEVICE = "cuda" if REAL else "cpu"
-AT_ONCE = max(2, min(16, os.cpu_count() or 1)) if REAL else 2  # runs; each has one thread
+AT_ONCE = max(2, min(16, os.cpu_count() or 1)) if REAL else 2  # runs at a time; each has one thread
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(CARDS)))
 
 pytestmark = [pytest.mark.gpu, *([] if WISH else [pytest.mark.sample(10, "make gpu, pretended")])]
-two_cards = pytest.mark.skipif(CARDS < 2, reason=f"needs two GPUs, and here are {CARDS}")
+two_cards = pytest.mark.skipif(CARDS < 2, reason=f"needs two GPUs; here: {CARDS}")
 
-# Python that says which cards this process has a context on: half a gigabyte each.
+# Code that lists the cards on which this process has a context: each takes half a gigabyte.
 CONTEXTS = "[i for i in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryContext(i)]"
 
 
 def begin(words, folder, *flags, gpu=True, **extra):
-    """Start a command in `folder` on the GPUs, or with `gpu=False` on the CPU, where a fork will do."""
+    """Start a command in `folder` on the GPUs or, with `gpu=False`, on the CPU, where a fork is enough."""
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = gpu and REAL
     visible = {"CUDA_VISIBLE_DEVICES": VISIBLE} if on_gpu else {}
@@ -76,7 +77,7 @@ def begin(words, folder, *flags, gpu=True, **extra):
 
 
 def train(step, folder, *flags, ranks=1, root=ROOT, gpu=True, timeout=300, **extra):
-    """As helpers.train, on the GPU."""
+    """Like helpers.train, but on the GPU."""
     own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl"]
     process = begin(command(step, ranks, root), folder, *own, *flags, gpu=gpu, **extra)
     status, out, err = finish(process, timeout)
@@ -88,7 +89,7 @@ def train(step, folder, *flags, ranks=1, root=ROOT, gpu=True, timeout=300, **ext
 
 
 def together(work, cases):
-    """Do `work` for each of the cases, some at a time; one error that holds the errors of all."""
+    """Do `work` for each of the cases, several at a time; raise one error that holds all errors."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures = [pool.submit(work, *case) for case in cases]
     failed = []
@@ -106,7 +107,7 @@ PROOF_HERE = [*PROOF, "--epochs=3", f"--batch-size={GLOBAL_BATCH}"]  # 159 steps
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A run of each step in each precision, made once for all tests that compare theirs with it."""
+    """A run of each step in each precision, made once for all tests that compare their runs with it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -114,7 +115,7 @@ def whole(tmp_path_factory):
         folder = base / f"gpu-{step}-{precision}"
         with FileLock(f"{folder}.lock"):
             if not (folder / "done").exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a try that failed
                 train(step, folder, *PROOF_HERE, f"--precision={precision}")
                 (folder / "done").touch()
         return read_run(f"step {step}", folder)
@@ -124,7 +125,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def record(request, tmp_path_factory):
-    """What is measured, by name; written when the tests are over."""
+    """What is measured, by name; it is written when the tests have ended."""
     name = torch.cuda.get_device_name(0) if REAL else "pretended"
     facts = {
         "card": name,
@@ -169,7 +170,7 @@ WAYS = [
     ("01", "--num-workers=2"),
     ("04", "--accumulate=2", f"--batch-size={GLOBAL_BATCH // 2}"),
     ("05", "--accumulate=2", f"--batch-size={GLOBAL_BATCH // 2}"),
-    ("05", "--clip-norm=1000"),  # which no norm reaches: it is computed, and changes nothing
+    ("05", "--clip-norm=1000"),  # no norm reaches this: it is computed, and changes nothing
     ("05", "--no-reshard"),
     ("05", "--activation-checkpointing"),
     ("05", "--cpu-offload"),
@@ -196,7 +197,7 @@ def test_compiled_it_learns_the_same(whole, tmp_path):
 
 
 def test_compare_steps_ends_with_a_table(tmp_path):
-    """On two cards at two ranks, too; and its own process leaves the cards to the ranks."""
+    """With two cards, also at two ranks. The script's own process leaves the cards to the ranks."""
     pytest.importorskip("matplotlib", reason="compare_steps.py draws with matplotlib, which is not installed")
     root = planted(tmp_path / "root", "01", steps=tuple(FOLDERS))
     script = Path(shutil.copy(ROOT / "compare_steps.py", root))
@@ -215,11 +216,11 @@ def test_compare_steps_ends_with_a_table(tmp_path):
 
 FOREVER = ["--num-samples=480", "--epochs=100000", "--save-every=4", "--snapshot-dir=snapshots"]
 RAISES = after_a_step("if self.global_step == 3: raise ZeroDivisionError('planted')")
-ENDS = {"SIGTERM": 143, "Ctrl-C": 130, "an exception": 1}  # of steps 01 and 02; torchrun's is 1
+ENDS = {"SIGTERM": 143, "Ctrl-C": 130, "an exception": 1}  # for steps 01 and 02; torchrun's is 1
 
 
 def test_however_it_is_ended_it_saves_and_leaves_nothing_behind(tmp_path):
-    """No thread of a process group, which could abort the process at its end, and no process."""
+    """Neither a thread of a process group, which could abort the process at its end, nor a process."""
 
     def work(step, end):
         folder = tmp_path / f"{step} {end}"
@@ -255,9 +256,9 @@ def test_however_it_is_ended_it_saves_and_leaves_nothing_behind(tmp_path):
     together(work, [(step, end) for end in ENDS for step in FOLDERS])
 
 
-# cuDNN and cuBLAS may add up in another order in each run. These make them keep to one: cuBLAS by a variable,
-# cuDNN by the call. It only warns, for max pooling's backward pass has no deterministic name, though without
-# windows that overlap, as here, each gradient goes to one place and nothing is added.
+# cuDNN and cuBLAS may add in another order in each run. A variable makes cuBLAS keep to one order, and this
+# call makes cuDNN do so. It only warns, because max pooling's backward pass does not count as deterministic.
+# But here, its windows do not overlap: each gradient goes to one place, and nothing is added.
 IN_ORDER = "from torch import nn\n\ntorch.use_deterministic_algorithms(True, warn_only=True)\n"
 DETERMINISTIC = ("from torch import nn\n", IN_ORDER)
 
@@ -279,7 +280,7 @@ def test_resumed_with_dropout_it_is_bit_identical(tmp_path):
 
 
 def test_a_snapshot_moves_from_gpu_to_cpu_and_back(whole, tmp_path):
-    """An epoch on the GPU, one on the CPU, one on the GPU again: where three on the GPU end."""
+    """One epoch on the GPU, one on the CPU and one on the GPU end where three epochs on the GPU end."""
 
     def work(step):
         interrupted({step: whole(step)}, tmp_path / step, step, last=53)
@@ -291,7 +292,7 @@ def test_a_snapshot_moves_from_gpu_to_cpu_and_back(whole, tmp_path):
         print(f"step {step}: {len(run.losses)} steps, weights off by {off:.1e} (1e-10, as in disagreements)")
         assert len(run.losses) == 2 * 53 and off <= 1e-10
         assert run.test["correct"] == whole(step).test["correct"]
-        # Which kernel AdamW takes is the device's business, not the snapshot's.
+        # The device decides which kernel AdamW uses, not the snapshot.
         assert run.state["optimizer"]["param_groups"][0]["fused"] == REAL, f"step {step}"
 
 
@@ -301,7 +302,7 @@ SYNC = "torch.cuda.set_sync_debug_mode" if REAL else "str"
 def test_nothing_in_the_loop_waits_for_the_gpu(tmp_path):
     """Between two reports, from the third step on: in the second, DDP compares its buckets among the ranks.
 
-    torch.cuda.set_sync_debug_mode sees what waits in torch's operators; with an .item() planted it does.
+    torch.cuda.set_sync_debug_mode sees what waits in torch's operators: it must see a planted .item().
     """
     step_begins = "            losses.append(self.run_batch("
     due = "            if stopping or self.report.is_due(self.global_step):\n"
@@ -334,9 +335,9 @@ def test_the_allocator_agrees_with_the_table_of_bytes(record, tmp_path):
     shards, peak, allocator = sum(row[:3]), row[4], row[-1]
     assert len(row) == (6 if REAL else 5)
     record["memory"] = {"model": f"vit {size}", "table": row, "ddp": report["ddp"]}
-    # Above the table: 32 MiB of workspace each for cuBLAS and cuBLASLt on a Hopper, 512 bytes for the
-    # smallest tensor, and as much again for activations and the collectives' buffers, of which most are gone
-    # when AdamW's state comes. One more copy of the weights, 227 MB, would be seen.
+    # Beyond the table: 32 MiB of workspace each for cuBLAS and cuBLASLt on a Hopper, 512 bytes even for the
+    # smallest tensor, and as much again for activations and the collectives' buffers, most of which are gone
+    # when AdamW's state is created. One more copy of the weights, 227 MB, would be noticed.
     room = 128 * 2**20
     print(f"shards {shards:,}, the table's peak {peak:,}, the allocator's {allocator:,} bytes")
     assert shards <= allocator <= peak + room
@@ -346,13 +347,13 @@ def on_one_card(root, step, backend):
     """A copy of a step whose ranks all compute on the first card, which the scripts refuse."""
     refuses = ("    if local_world_size > gpus:\n", "    if False:\n")
     planted(root, "common/device.py", refuses, ("}:{local_rank}", "}:0"), steps=(step,))
-    if backend == "gloo":  # which takes the tensors through the CPU
+    if backend == "gloo":  # it sends the tensors through the CPU
         nccl = ("backend=backends(device)", 'backend="gloo"')
         planted(root, step, nccl, ('device_id=device if device.type == "cuda" else None', "device_id=None"))
     return root
 
 
-NEW = pytest.mark.xfail(strict=False, reason="NCCL has this switch since 2.30 or so, and it may not work")
+NEW = pytest.mark.xfail(strict=False, reason="NCCL has had this switch since about 2.30, and it may not work")
 
 
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=NEW)])
@@ -370,7 +371,7 @@ def test_two_ranks_on_one_card_end_where_step_01_ends(whole, tmp_path, backend):
 
 
 def test_ranks_that_meet_and_cannot_talk_say_so_in_one_line(tmp_path):
-    """NCCL refuses two ranks on one card; gloo, in the pretence, does not."""
+    """NCCL refuses two ranks on one card. gloo, which is used without a GPU, does not."""
     root = on_one_card(tmp_path / "root", "03", "nccl")
     process = begin(command("03", 2, root), tmp_path, "--num-samples=128", "--epochs=1")
     status, _, err = finish(process)
@@ -378,17 +379,18 @@ def test_ranks_that_meet_and_cannot_talk_say_so_in_one_line(tmp_path):
     print(status, said)
     if REAL:
         assert status == 1 and "exitcode  : 2" in err, process.story
-        assert len(said) == 1 and re.match("error: the ranks meet, and cannot talk: .*GPU", said[0]), said
+        found = "error: the ranks found each other, but cannot communicate: .*GPU"
+        assert len(said) == 1 and re.match(found, said[0]), said
     else:
         assert status == 0 and said == []
 
 
 @two_cards
 def test_two_ranks_on_two_cards_end_where_step_01_ends(whole, tmp_path):
-    """Over NCCL; and no rank has a context on another one's card, not for its snapshots either."""
+    """With NCCL. No rank has a context on another rank's card, not even for its snapshots."""
     leaves = "        dist.destroy_process_group()\n"
     text = f"f\"contexts of {{os.environ['LOCAL_RANK']}}: {{{CONTEXTS}}}\\n\""
-    told = (leaves, f"{leaves}        os.write(1, {text}.encode())\n")  # in one go: the ranks share it
+    told = (leaves, f"{leaves}        os.write(1, {text}.encode())\n")  # in one piece: the ranks share it
     imports = ("import sys\n", "import os\nimport sys\n")
 
     def work(step, *flags):
@@ -405,10 +407,10 @@ def test_two_ranks_on_two_cards_end_where_step_01_ends(whole, tmp_path):
 
 @two_cards
 def test_a_rank_that_stops_is_told_before_nccl_ends_the_others(tmp_path):
-    """The vote gives up first, after half of these seconds, and its error waits for another five."""
+    """The vote gives up first, after half of `seconds`, and its error waits for another five."""
     seconds = 20 if REAL else 5
     stops = after_a_step("if self.rank == 1 and self.global_step == 5: os.kill(os.getpid(), signal.SIGSTOP)")
-    # 150 steps an epoch: no report, which waits for the GPU, comes before the vote.
+    # An epoch has 150 steps: no report, which would wait for the GPU, comes before the vote.
     flags = ["--num-samples=1200", "--batch-size=4", "--epochs=1000", "--verbose", f"--timeout={seconds}"]
 
     def work(step):

@@ -44,7 +44,7 @@ def test_names_fit_together():
     assert JOB["spec"]["completions"] == JOB["spec"]["parallelism"] == 2
     script = pod["spec"]["containers"][0]["command"][2]
     assert f"--nnodes={JOB['spec']['completions']} " in script
-    # A pod's name is the job's and its number, a colleague finds it in the service's domain.
+    # A pod's name is the job's name and a number. The other pods find it in the service's domain.
     endpoint = (
         f"{JOB['metadata']['name']}-0.{SERVICE['metadata']['name']}:{SERVICE['spec']['ports'][0]['port']}"
     )

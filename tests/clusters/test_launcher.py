@@ -1,4 +1,4 @@
-"""launch_multinode.sh: what it prints, how it says no, and that it leaves nothing running.
+"""launch_multinode.sh: what it prints, what it refuses, and that it leaves nothing running.
 
 Promise: every command printed by `launch_multinode.sh` works. If the launcher is stopped, no process
 survives on any node. If each of two nodes has its own snapshot folder, one of the folders is enough to
@@ -43,7 +43,7 @@ from common.snapshot import snapshots
 
 SCRIPT = str(ROOT / "launch_multinode.sh")
 
-# Commands that a Mac does not have, and options that its others refuse, as patterns of the shell.
+# Commands that a Mac does not have, and options that its other commands refuse, as shell patterns.
 MISSING = ["flock", "getent", "ip", "nproc", "pidof", "seq", "setsid", "shuf", "ss", "tac", "timeout"]
 REFUSED = {
     "base64": "-*[dw]*",  # -D there, before macOS 13
@@ -56,7 +56,7 @@ REFUSED = {
     "xargs": "-*[adr]*",
     **dict.fromkeys(["cat", "cut", "dirname", "ls", "mkfifo", "mktemp", "ps", "rm", "tail", "tr"], "--?*"),
 }
-# What came into bash after 3.2, the one on every Mac, says the CHANGES of bash.
+# What is new in bash since 3.2, the version on every Mac, according to bash's CHANGES.
 AFTER_BASH_3_2 = [
     r"\b(mapfile|readarray|coproc|BASHPID|SRANDOM|EPOCH\w+)\b|exec \{|&>>|\|&|;;?&",
     r"\b(declare|local|typeset) -\w*[Agnlu]|\bwait -[nfp]|\[\[ -[vR] |printf[^|;]*%\(|shopt",
@@ -81,18 +81,18 @@ def test_shellcheck_has_nothing_to_say():
 
 
 def test_it_keeps_to_bash_3_2():
-    """Read, not run: no bash 3.2 can be installed where the tests run."""
+    """The script is read, not run: bash 3.2 cannot be installed where the tests run."""
     lines = [line for line in Path(SCRIPT).read_text().splitlines() if not line.lstrip().startswith("#")]
     found = [line for line in lines if any(re.search(new, line) for new in AFTER_BASH_3_2)]
     arrays = {name for line in lines for name in re.findall(r"\$\{(\w+)\[[@*]\]\}", line)}
     print(found, arrays)
     assert len(lines) > 200 and found == []
-    assert arrays == {"logins", "ssh_words", "fixes"}  # never empty: with `set -u` that is an error there
+    assert arrays == {"logins", "ssh_words", "fixes"}  # never empty: with `set -u`, that is an error there
 
 
 @pytest.fixture
 def mac_path(tmp_path):
-    """A PATH whose tools refuse what a Mac's refuse."""
+    """A PATH whose tools refuse what a Mac's tools refuse."""
     folder = tmp_path / "mac"
     folder.mkdir()
     for name in MISSING:
@@ -135,26 +135,26 @@ BAD = {
     "--local=0": "--local must be a whole number, 1 or more",
     "--local": "--local needs a value",
     "--local=2 --hosts=a,b": "--local runs here: leave out --hosts",
-    "--local=2 --run": "--run and --local exclude each other",
-    "--run --local=2": "--local and --run exclude each other",
+    "--local=2 --run": "--run and --local cannot be used together",
+    "--run --local=2": "--local and --run cannot be used together",
     "--port=x": "--port must be a whole number, 1 or more, not 'x'",
-    "--check --run": "--run and --check exclude each other",
+    "--check --run": "--run and --check cannot be used together",
     "--run": "--run needs the nodes: --hosts A,B,…",
     "--check": "--check needs the nodes: --hosts A,B,…",
     "--hosts=a,a": "--hosts names a twice",
-    "--hosts=a,": "",  # a comma too many
-    "--hosts=a,,b": "'' in --hosts is no host name",
-    "--hosts=a,-oProxyCommand=x": "'-oProxyCommand=x' in --hosts is no host name",
-    "--hosts=-lroot@a,b": "'-lroot@a' in --hosts is no host name",
-    "--hosts=localhost,b": "'localhost' is another machine on each node",
-    "--hosts=a,127.0.0.1": "'127.0.0.1' is another machine on each node",
+    "--hosts=a,": "",  # one comma too many
+    "--hosts=a,,b": "'' in --hosts is not a host name",
+    "--hosts=a,-oProxyCommand=x": "'-oProxyCommand=x' in --hosts is not a host name",
+    "--hosts=-lroot@a,b": "'-lroot@a' in --hosts is not a host name",
+    "--hosts=localhost,b": "'localhost' means a different machine on each node",
+    "--hosts=a,127.0.0.1": "'127.0.0.1' means a different machine on each node",
     "--hosts=a,b --master-addr=localhost": "--master-addr localhost leads every node to itself",
     "--hosts=a,b --master-addr=127.0.1.1": "--master-addr 127.0.1.1 leads every node to itself",
-    "--hosts=a,b --master-addr=;ls": "';ls' in --master-addr is no host name or address",
+    "--hosts=a,b --master-addr=;ls": "';ls' in --master-addr is not a host name or address",
     "--hosts=a,b --elastic=2": "--elastic is MIN:MAX, such as 1:4, not '2'",
     "--hosts=a,b --elastic=3:4": "--elastic 3:4, but --hosts names 2",
     "--hosts=a,b --elastic=2:1": "--elastic 2:1, but --hosts names 2",
-    "--hosts=a,b --max-restarts=3": "belong to --elastic",
+    "--hosts=a,b --max-restarts=3": "need --elastic",
     "--hosts=a,b --elastic=2:2 --max-restarts=-1": "--max-restarts must be a whole number, 0 or more",
     "--hosts=a,b --elastic=2:2 --rdzv-id=a;b": "--rdzv-id is a word",
     "--hosts=a,b --elastic=2:2 --rdzv-conf=x": "--rdzv-conf is K=V,…",
@@ -232,7 +232,7 @@ def training(folder: Path) -> list[str]:
 
 
 def free_port() -> int:
-    """A free port below those that the system gives to connections; torchrun's --master-port takes no 0."""
+    """A free port below those that the system gives to connections; torchrun's --master-port refuses 0."""
     for port in random.sample(range(20_000, 30_000), 100):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
@@ -249,7 +249,7 @@ def marked(folder: Path) -> list[str]:
 def test_local_nodes_train(proof, tmp_path):
     """Two nodes are two torchruns that meet on a free port; they do what step 03 does, to the last bit."""
     own, taken = training(tmp_path)[3:], contextlib.ExitStack()
-    with contextlib.suppress(OSError):  # the port of other modes is taken: by this, or by somebody else
+    with contextlib.suppress(OSError):  # the other modes' port is in use: by this, or by something else
         taken.enter_context(socket.create_server(("127.0.0.1", 29500)))
     with taken:
         status, out, err = run("--local=2", "--nproc-per-node=1", "--", *PROOF, "--batch-size=6", *own)
@@ -264,7 +264,7 @@ def test_local_nodes_train(proof, tmp_path):
 
 @pytest.mark.parametrize("lost", ["node 0's disk", "node 1's disk", "neither"])
 def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
-    """Two ranks on each of two torchruns, no root needed: one rank of each saves, and one copy is enough."""
+    """Two torchruns with two ranks each, without root: one rank of each saves, and one copy is enough."""
 
     def both(*flags: str) -> list[str]:
         nodes = []
@@ -318,7 +318,7 @@ def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
     ids=str,
 )
 def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
-    """With real processes throughout: they are looked for by what stands on their command lines."""
+    """All processes are real: the test finds them by their command lines."""
     flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -326,7 +326,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     process = start(words, ROOT, PATH=paths(real=True), TMPDIR=str(scratch))
     try:
         wait_for_step(process, tmp_path / "snapshots")
-        if number == signal.SIGINT:  # from a terminal it comes to the whole group
+        if number == signal.SIGINT:  # a terminal sends it to the whole group
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid, number)
@@ -352,7 +352,7 @@ def test_a_launcher_that_is_stopped_leaves_nothing(tmp_path, number, expected):
     ],
 )
 def test_a_node_that_fails_stops_the_others(tmp_path, mac_path, without):
-    """Also on a Mac, which has neither; and if a rank hangs when its torchrun is killed."""
+    """Also on a Mac, which has neither, and also if a rank hangs when its torchrun is killed."""
     hide = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$0" "$@"']
     flags = [*training(tmp_path), "--epochs=1000", "--save-every=5"]
     words = [SCRIPT, "--local=2", "--nproc-per-node=1", "--", *flags]
@@ -383,7 +383,7 @@ needs_ssh = pytest.mark.skipif(
 
 @pytest.fixture
 def net(tmp_path):
-    """Two nodes with an SSH server each, and a third host to work from."""
+    """Two nodes, each with an SSH server, and a third host to work from."""
     key, config = tmp_path / "key", tmp_path / "ssh_config"
     with network(tmp_path / "net", 3) as made:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
@@ -402,7 +402,7 @@ def net(tmp_path):
 
 @pytest.fixture
 def launcher(net, mac_path):
-    """Starts the launcher on the third host, which is a Mac as far as its tools go."""
+    """Starts the launcher on the third host, whose tools act like a Mac's."""
     return functools.partial(launch, net, mac_path)
 
 
@@ -471,11 +471,11 @@ def test_check_says_how_to_fix_what_is_wrong(net, launcher, tmp_path):
     print(out)
     assert process.returncode == 1
     for fix in (
-        "! node1: port 29500 is taken there: end what listens (ss -tlnp), or choose another --port",
+        "! node1: port 29500 is in use there: stop what is listening (ss -tlnp), or choose another --port",
         "! node1: no MNIST in data: copy it there",
         "! node2: its code is not node1's (",
         "! node2: cannot connect to node1:29500: open it",
-        "! node2: the other node's name leads to this node itself: fix /etc/hosts",
+        "! node2: the other node's name resolves to this node itself: fix /etc/hosts",
         "! node3: SSH: ssh: connect to host node3 port 22: Connection refused. Try: ",
     ):
         assert fix in out, fix
@@ -548,10 +548,10 @@ def test_run_stops_all_nodes_and_leaves_nothing(net, launcher, how):
 
 
 def test_a_slurm_job_with_fewer_cores_than_ranks_ends_at_once():
-    """Eight GPUs, and the two cores that the script asks for unless it is changed: each rank would crawl."""
+    """Eight GPUs, but only the two cores that the script requests by default: ranks would be very slow."""
     job = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     words = ["bash", str(ROOT / "04_multinode" / "slurm.sbatch")]
     result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **job}, cwd=ROOT)
     print(result.returncode, result.stdout, result.stderr)
-    said = "error: 8 ranks on each node, and CPUs for them: 2; raise --cpus-per-task\n"
+    said = "error: 8 ranks on each node, but --cpus-per-task is 2: raise it\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", said)

@@ -33,7 +33,7 @@ from common.snapshot import snapshots
 pytestmark = [pytest.mark.root, pytest.mark.skipif(not possible(), reason=WHY)]
 
 STEPS = 106
-# Nodes that go away are missed sooner than by default; less than this takes a slow node for a dead one.
+# A lost node is noticed sooner than by default. With less than this, a slow node would count as lost.
 ELASTIC = ["--elastic=1:2", "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5"]
 
 
@@ -57,7 +57,7 @@ def printed(
     ranks: int = 1,
     root: Path = ROOT,
 ) -> dict[Host, str]:
-    """What `launch_multinode.sh` prints for each host, to start as many ranks there."""
+    """What `launch_multinode.sh` prints for each host, to start `ranks` ranks there."""
     hosts = hosts or net.hosts
     options = [*options, f"--nproc-per-node={ranks}"]
     batch = f"--batch-size={GLOBAL_BATCH // ranks // len(hosts)}"
@@ -69,13 +69,13 @@ def printed(
 
 
 def launch(net: Network, options: list[str], *flags: str, **kwargs) -> dict[Host, subprocess.Popen[str]]:
-    """Type what is printed for each host there."""
+    """Run on each host what is printed for it."""
     commands = printed(net, options, *flags, **kwargs)
     return {host: host.start(command, **environment()) for host, command in commands.items()}
 
 
 def pausing(net: Network, folder: Path) -> tuple[Path, Path]:
-    """A copy of the project in which step 04 waits, behind step 25, for a file; the copy and that file."""
+    """A copy of the project in which step 04 waits for a file after step 25; returns both."""
     go = net.folder / "go"
     root = planted(folder, "04", pause(25, go))
     shutil.copy(ROOT / "launch_multinode.sh", root)
@@ -83,7 +83,7 @@ def pausing(net: Network, folder: Path) -> tuple[Path, Path]:
 
 
 def ended(host: Host, process: subprocess.Popen[str], timeout: int = 120) -> tuple[int, str]:
-    """Wait for a host's command: its status and output."""
+    """Wait for a host's command; return its status and output."""
     try:
         out, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -99,7 +99,7 @@ def all_ended(running: dict[Host, subprocess.Popen[str]]) -> list[tuple[int, str
 
 
 def newest(host: Host) -> int:
-    """The step of the newest snapshot on a host's disk, -1 without one."""
+    """The step of the newest snapshot on a host's disk, or -1 if there is none."""
     found = snapshots(host.disk / "snapshots")
     return int(found[0].stem.removeprefix("snapshot-")) if found else -1
 
@@ -132,7 +132,7 @@ def test_two_hosts_do_exactly_what_step_03_does(net, proof, options, ranks):
 
 
 def test_stopped_on_one_host_and_resumed_without_a_shared_disk(net, proof, tmp_path):
-    """SIGTERM to node2's torchrun alone: all ranks save after the same step. Then node1's disk is lost."""
+    """SIGTERM only to node2's torchrun: all ranks save after the same step. Then node1's disk is lost."""
     first, second = net.hosts
     root, go = pausing(net, tmp_path / "root")
     running = launch(net, [], "--save-every=1", root=root)
@@ -182,7 +182,7 @@ def test_a_rank_dies_and_all_are_started_again(net, proof, tmp_path):
 
 
 def test_a_node_dies_and_comes_back(net):
-    """Two thousand epochs would take half an hour: the run is never over before it is stopped."""
+    """Two thousand epochs would take half an hour, so the run never ends before it is stopped."""
     first, second = net.hosts
     commands = printed(net, ELASTIC, "--save-every=1", "--epochs=2000")
     running = {host: host.start(command, **environment()) for host, command in commands.items()}
@@ -207,14 +207,14 @@ def test_a_node_dies_and_comes_back(net):
     saved = [int(step) for step in re.findall(r"SIGTERM: saved at step (\d+)", out)]
     print(f"ranks {sizes}; node2 lost after step {lost}, resumed at {resumed}, saved on SIGTERM at {saved}")
     assert sizes == [2, 1, 2]
-    # One less if node2 saved a step whose end node1 had not heard of when node2 died.
+    # One less if node2 saved a step, and died before node1 knew that this step was done.
     assert resumed[0] >= lost - 1 and resumed[1] == saved[0]
     assert newest(first) == newest(second) == saved[1]
     assert largest_difference(weights(first), weights(second)) == 0.0
 
 
 def test_the_first_node_dies(net, proof, tmp_path):
-    """The others stop at once; started again with another first node they go on from their own disks."""
+    """The other node stops at once. Started again as the first node, it continues from its own disk."""
     first, second = net.hosts
     root, go = pausing(net, tmp_path / "root")
     running = launch(net, ELASTIC, "--save-every=1", root=root)
@@ -241,7 +241,7 @@ def test_the_link_is_cut(net):
         status, out = ended(host, process, timeout=60)
         print(f"{host.name}: {time.monotonic() - cut:.0f} s after the cut")
         assert status == 1
-        # The second when the step and its question about SIGTERM both wait, and the other was first.
+        # The second message, when the step and the vote about SIGTERM both wait, and the other one was first.
         assert "Timed out waiting 5000ms" in out or "Application timeout caused pair closure" in out
         assert re.search(rf"Seen by rank \d on {host.name}", out)
     assert newest(first) >= 20 and newest(second) >= 20
@@ -264,7 +264,7 @@ def test_on_a_slow_link_accumulated_batches_are_the_big_batch(slow_net, tmp_path
     run = read_run("--accumulate=4", folder)
     print(f"bytes that node1 sent for 240 images: {bytes_sent[0]:,}, with --accumulate=4 {bytes_sent[1]:,}")
     assert len(run.losses) == 5 and disagreements(run, big) == []
-    # A quarter of the all-reduces; what else is sent (start, evaluation, TCP's headers) stays.
+    # A quarter of the all-reduces; everything else (start, evaluation, TCP's headers) stays the same.
     assert bytes_sent[1] < bytes_sent[0] / 3
 
 
@@ -278,7 +278,7 @@ def test_step_05_on_two_hosts_with_one_disk_does_what_step_03_does(net, proof, r
     run, other = read_run("2 hosts × 2 ranks", first.disk), proof("03", 4)
     difference = largest_difference(run.weights, other.weights)
     print(f"step 05 on two hosts, {replicas} replicas: {difference} from step 03 at 4 ranks")
-    assert difference <= 1e-12  # four numbers, added up in another order
+    assert difference <= 1e-12  # four numbers, added in another order
     assert disagreements(run, proof("01")) == []
 
 

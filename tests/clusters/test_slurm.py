@@ -1,4 +1,4 @@
-"""04_multinode/slurm.sbatch on a real Slurm: a controller and two nodes, each in namespaces of its own.
+"""04_multinode/slurm.sbatch on a real Slurm: a controller and two nodes, each in its own namespaces.
 
 Promise: a job that Slurm preempts and requeues ends where an uninterrupted job ends (as root:
 `make test-all`).
@@ -87,7 +87,7 @@ class Cluster:
         (munge / "key").write_bytes(os.urandom(1024))
         (munge / "key").chmod(0o400)
         files = " ".join(f"--{what}-file={munge}/{what}" for what in ("key", "pid", "log", "seed"))
-        # --force: as root, and in a folder that is not munge's own
+        # --force: it runs as root, and in a folder that is not munge's own
         self.net.hosts[0].run(f"/usr/sbin/munged --force --socket={munge}/socket {files}")
         self.run("/usr/sbin/slurmctld -i")
         for host in self.net.hosts:
@@ -95,7 +95,7 @@ class Cluster:
         self.wait_for(lambda: self.run("sinfo -h -N -o %t").split() == ["idle", "idle"], "two idle nodes", 30)
 
     def run(self, line: str) -> str:
-        """Run a command of Slurm's on the first node, in the project's folder."""
+        """Run a Slurm command on the first node, in the project's folder."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         variables = {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": path, "RANKS": "1"}
         exports = [
@@ -112,7 +112,7 @@ class Cluster:
             time.sleep(0.1)
 
     def submit(self, *flags: str, options: str = "") -> str:
-        """Submit the script, with sbatch's `options`; the job's number."""
+        """Submit the script with sbatch's `options`; return the job's number."""
         disk = self.net.disk
         own = [f"--snapshot-dir={disk}/snapshots", f"--metrics={disk}/metrics.jsonl", "--use-gpu=0"]
         words = [*PROOF, f"--batch-size={GLOBAL_BATCH // 2}", *own, *flags]
@@ -124,7 +124,7 @@ class Cluster:
         ).strip()
 
     def finish(self, job: str) -> str:
-        """Wait for a job's end; what it printed, all files together."""
+        """Wait for a job's end; return what it printed, all files together."""
         try:
             self.wait_for(
                 lambda: self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", ""), f"job {job}", 120
@@ -144,7 +144,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path):
-    # A short path: slurmd puts sockets there, whose names may have 108 characters.
+    # A short path: slurmd puts sockets there, whose paths may have at most 108 characters.
     short = tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp")
     with network(tmp_path / "net", 2) as net, short as folder:
         made = Cluster(net, Path(folder))
@@ -153,7 +153,7 @@ def cluster(tmp_path):
 
 
 def check(cluster, proof) -> None:
-    """Both nodes' snapshots are those of step 03 in one machine."""
+    """Both nodes' snapshots are those of step 03 on one machine."""
     for host in cluster.net.hosts:
         state = torch.load(snapshots(host.disk / "snapshots")[0], weights_only=True)
         difference = largest_difference(state["model"], proof("03", 2).weights)
@@ -169,9 +169,9 @@ def test_a_job_equals_step_03(cluster, proof):
 
 
 def interrupted(cluster, proof, interrupt, options="") -> None:
-    """A job that `interrupt`, given its number, makes save and queue again ends where one left alone ends."""
+    """`interrupt` makes a job save and queue again: the job must end like an uninterrupted one."""
     go = cluster.folder / "go"
-    # As `pause`, but for minutes: the signal may be long in coming.
+    # Like `pause`, but for minutes: the signal may take a long time.
     waiting = f"self.global_step == 25 and not os.path.exists({str(go)!r})"
     planted(cluster.project, "04", after_a_step(f"[time.sleep(0.01) for _ in range(30000) if {waiting}]"))
     job = cluster.submit("--save-every=1", options=options)
@@ -181,22 +181,22 @@ def interrupted(cluster, proof, interrupt, options="") -> None:
     )
     interrupt(job)
     outs = [cluster.project / f"ddp-{job}-node{i}.out" for i in (1, 2)]
-    told = "Received 15 death signal"  # torchrun: SIGTERM, which bash may have made of another
+    told = "Received 15 death signal"  # torchrun got SIGTERM, which bash may send for another signal
     cluster.wait_for(lambda: all(told in path.read_text() for path in outs), told, 240)
-    # Its ranks have not saved yet. A job that ended now would leave them behind, or take them along.
+    # Its ranks have not saved yet. A job that ended now would leave them behind, or kill them.
     end = time.monotonic() + 3
     while time.monotonic() < end:
         assert cluster.state(job) == "RUNNING", "the job did not wait for its ranks"
     go.touch()
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
-    # Slurm would wait two minutes. Not now either: nodes revoke a job's credentials up to the current second.
+    # Slurm would wait two minutes. `now` is too early: nodes revoke a job's credentials up to this second.
     cluster.run(f"scontrol update JobId={job} StartTime=now+2 TimeLimit=10")
     out = cluster.finish(job)
     assert "SIGTERM: saved at step" in out and "SIGTERM: queueing again" in out and "resumed from" in out
     check(cluster, proof)
 
 
-# To the job's steps; with --batch to the script alone, as from --signal=B:USR1@60; with --full to both.
+# It goes to the job's steps; with --batch, only to the script, as --signal=B:USR1@60; with --full, to both.
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("signal", ["TERM", "USR1", "USR2", "USR1 --batch", "USR1 --full"])
 def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, proof, signal):
@@ -205,5 +205,5 @@ def test_a_preempted_job_queues_again_and_equals_an_uninterrupted_one(cluster, p
 
 @pytest.mark.long
 def test_a_job_with_signal_usr1_whose_time_is_nearly_up_does_the_same(cluster, proof):
-    """Here Slurm sends the signal by itself: when a minute of four is left, or up to a minute earlier."""
+    """Here, Slurm itself sends the signal: when one of four minutes is left, or up to a minute earlier."""
     interrupted(cluster, proof, lambda job: None, "--time=4 --signal=USR1@60")

@@ -1,16 +1,17 @@
-"""Python programs that start at once: each is a fork of one process that has imported torch.
+"""Python programs that start immediately: each is a fork of one process that has imported torch.
 
-Most of a short training run is `import torch`, two to four seconds in every process that takes part. Here
+A short training run spends most of its time in `import torch`: two to four seconds in every process. Here
 one process, the server, imports it once. A test that wants `python 01_single_gpu/train.py …` or `torchrun …`
 asks the server for a fork of itself, and the fork runs that script from its first line. The launchers are
-the real ones: torchrun's agent, mp.spawn, compare_steps.py. Only where they would start another Python, they
-fork too: `Fork` stands in the place of `subprocess.Popen`. Process groups, stores, files, signals and exit
-statuses are real.
+the real ones: torchrun's agent, mp.spawn, compare_steps.py. But where they would start another Python, they
+fork too: `Fork` replaces `subprocess.Popen`. Process groups, stores, files, signals and exit statuses are
+real.
 
-A fork does not show what importing does (an import that is missing, threads counted at import), and no order
-of a set: all forks hash alike, and read PYTHON… variables too late. Tests that are about these start a real
-process: `start(…, real=True)` in helpers.py. How an interpreter ends, a fork shows with the variable
-TESTS_REAL_END; without it, it saves the half second that this takes.
+A fork hides two kinds of bugs. It does not show what importing does (a missing import, threads counted at
+import). And it does not show what depends on the order of a set: all forks hash alike, and read PYTHON…
+variables too late. Tests of these bugs start a real process: `start(…, real=True)` in helpers.py. A fork
+ends as an interpreter does only with the variable TESTS_REAL_END; without it, the fork saves the half second
+that this takes.
 
     python forks.py serve SOCKET          the server; ends when its standard input does
     python forks.py run python …          a client: stands in for `python`, on the PATH of a test
@@ -43,34 +44,34 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SOCKET = "TESTS_FORK_SERVER"  # the environment variable that tells tests where the server listens
-REAL_END = "TESTS_REAL_END"  # the environment variable with which a fork takes its interpreter down
-IMPORTS = "TESTS_IMPORTS"  # the environment variable with further modules for the server to import
+REAL_END = "TESTS_REAL_END"  # the environment variable with which a fork ends as an interpreter does
+IMPORTS = "TESTS_IMPORTS"  # the environment variable that lists more modules for the server to import
 TRACE = "TESTS_TRACE"  # the environment variable with the file to which `trace` writes
-STACKS = signal.SIGUSR1  # lets a fork, and what it forks, print where each of its threads stands
+STACKS = signal.SIGUSR1  # makes a fork, and what it forks, print where each of its threads is
 DEFAULTS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def with_default_signals() -> None:
-    """Undo what was inherited: a shell lets a job in the background ignore Ctrl-C, children too."""
+    """Undo what was inherited: a shell makes background jobs, and so their children, ignore Ctrl-C."""
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in DEFAULTS:
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python begins
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python starts
         signal.signal(number, signal.SIG_IGN)
 
 
 class Fork(subprocess.Popen):  # type: ignore[type-arg]
-    """A Popen whose child, if it is to be a Python script or torchrun, is a fork of this process.
+    """A Popen whose child is a fork of this process, if it is to run a Python script or torchrun.
 
-    `preexec_fn` runs in the child when its files, folder and session are as asked for. Here it runs the
-    script, and never comes to exec.
+    `preexec_fn` runs in the child once its files, folder and session are set up. Here it runs the script, and
+    the child never gets to exec.
     """
 
     def __init__(self, args: Any, *rest: Any, env: Any = None, **options: Any):
         words = [os.fspath(word) for word in args] if isinstance(args, (list, tuple)) else []
-        # torch.compile's workers get files to talk through, and are no scripts of ours.
+        # torch.compile's workers get files to talk through, and are not our scripts.
         if words[:1] == [sys.executable] and script_in(words) and not options.get("pass_fds"):
             variables = dict(os.environ if env is None else env)
             options["preexec_fn"] = functools.partial(become, words, variables)
@@ -78,7 +79,7 @@ class Fork(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def script_in(words: list[str]) -> list[str]:
-    """What a `python …` command runs: from the script on, or from `-m torch.distributed.run`; or nothing."""
+    """The words of a `python …` command from the script, or `-m torch.distributed.run`, on; or nothing."""
     rest = [word for i, word in enumerate(words) if i and not (i == 1 and word == "-u")]
     return (
         rest if rest[:1] and (rest[0].endswith(".py") or rest[:2] == ["-m", "torch.distributed.run"]) else []
@@ -91,24 +92,24 @@ INSTALLED = (sys.prefix, sys.base_prefix)
 
 
 def become(words: list[str], env: dict[str, str]) -> NoReturn:
-    """In a fork: be `python …`, to the end."""
+    """In a fork: act as `python …`, until it ends."""
     status = 1
     try:
         with_default_signals()
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the parent waits until one of them is closed
-        gc.enable()  # which Popen has turned off
-        faulthandler.unregister(STACKS)  # or what a launcher has registered would seem to be so still
+        gc.enable()  # Popen has turned it off
+        faulthandler.unregister(STACKS)  # or it would seem to be registered still, as in a launcher
         faulthandler.register(STACKS)  # for a test that finds this process, or its ranks, hanging
-        # What the parent has made since it was the server is not this process's.
+        # What the parent has created since it was the server does not belong to this process.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # its temporary folders stay
         atexit._clear()
         sys.path[:] = PATH
         for name in set(sys.modules) - MODULES:
             if not (getattr(sys.modules[name], "__file__", "") or sys.prefix).startswith(INSTALLED):
-                del sys.modules[name]  # of the scripts' `common`, and of theirs
+                del sys.modules[name]  # the scripts' `common`, and their own modules
         os.environ.clear()
         os.environ.update(env)
-        # Of the kind that the new files are: a terminal has no position.
+        # New ones, of the kind that fits the new files: a terminal has no position.
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
         wait_for_the_other_ranks()
@@ -126,35 +127,35 @@ def become(words: list[str], env: dict[str, str]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException as error:
-        sys.last_traceback = error.__traceback__  # as Python does: its frames live on, too
+        sys.last_traceback = error.__traceback__  # as Python does: the frames stay alive, too
         sys.excepthook(*sys.exc_info())
-    # As much of an interpreter's end as can be had in a fork.
+    # As much of an interpreter's end as is possible in a fork.
     try:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:  # as there, it changes nothing any more
+    except BaseException:  # as in a real end, it changes nothing any more
         sys.excepthook(*sys.exc_info())
     finally:
         leave(status & 255)
 
 
 def wait_for_the_other_ranks() -> None:
-    """Under torchrun, which serves a store in a thread: begin when it has forked all ranks, see `spawn`."""
+    """Under torchrun, which serves a store in a thread, wait until it has forked all ranks: see `spawn`."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     parent, end = os.getppid(), time.monotonic() + 60
-    with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+    with contextlib.suppress(OSError):  # the parent has ended, or this is not Linux
         children = Path(f"/proc/{parent}/task/{parent}/children")
         while ranks > len(children.read_text().split()) and time.monotonic() < end:
             time.sleep(0.002)
 
 
 def trace(to: str) -> None:
-    """From here on, append to the file `to` each line of a script that this process comes to: for mutants.py.
+    """From now on, append to the file `to` each line of a script that this process reaches: for mutants.py.
 
-    A line is written when it is first met, so that no kill loses it: folder/file, a tab, its text. The text,
-    and no number: a copy with something planted counts as what it was copied from.
+    A line is written when it is first reached, so that no kill loses it: folder/file, a tab, its text. It has
+    no line number, because a copy with something planted counts as the original.
     """
     file = os.open(to, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     names: dict[str, str] = {}
@@ -192,7 +193,7 @@ def run(words: list[str]) -> None:
     import torch
     import torch.distributed.run
 
-    # What it was when torch was imported counts, otherwise.
+    # Otherwise, torch would keep the number from when it was imported.
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
@@ -203,8 +204,8 @@ def run(words: list[str]) -> None:
     else:
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         sys.argv = words
-        # What a script leaves lives on, as it does there, until the interpreter ends. A DDP that went before,
-        # and was the last to hold a group, would wait for gloo's thread, which may wait for the GIL.
+        # A script's objects live until the interpreter ends, as in a real Python. If a DDP object was deleted
+        # earlier, and was the last to hold a group, it would wait for gloo's thread, which may need the GIL.
         script = types.ModuleType("__main__")
         script.__file__ = words[0]
         sys.modules["__main__"] = script
@@ -238,7 +239,7 @@ def serve(path: str) -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end this process, not a Ctrl-C for them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end this process; a Ctrl-C for them does not
     jobs: dict[socket.socket, Fork] = {}
     try:
         answer(listener, signalled, jobs)
@@ -248,10 +249,10 @@ def serve(path: str) -> None:
 
 
 def spawn(fn: Any, args: Any, nprocs: int, join: bool) -> Any:
-    """Stands in for mp.spawn: forks, which begin when the last of them is there.
+    """Stands in for mp.spawn: the ranks are forks, which begin when all of them exist.
 
-    The parent serves the ranks' store, in a thread. A fork made while that thread answers the rank before
-    would inherit the locks that it holds just then, and wait for them forever.
+    The parent serves the ranks' store in a thread. A fork that is made while this thread answers an earlier
+    rank would inherit the locks that the thread holds at that moment, and wait for them forever.
     """
     import torch.multiprocessing as mp
 
@@ -266,19 +267,19 @@ def spawn(fn: Any, args: Any, nprocs: int, join: bool) -> Any:
 
 
 def behind(gate: tuple[int, int], fn: Any, *args: Any) -> None:
-    """Wait until nobody can open the `gate` any more: the parent and all ranks have closed its end."""
+    """Call `fn` when the parent and all ranks have closed the write end of `gate`."""
     read, write = gate
     os.close(write)
     os.read(read, 1)
     os.close(read)
     os._exit = (
-        leave  # which multiprocessing is about to call; a rank that is spawned is no fork, and ends really
+        leave  # multiprocessing will call this; a spawned rank is not a fork, and ends as an interpreter
     )
     fn(*args)
 
 
 def answer(listener: socket.socket, wake: int, jobs: dict[socket.socket, Fork]) -> None:
-    """Start jobs and say how they end, until standard input does. A client's mishap is its own."""
+    """Start jobs and say how they end, until standard input ends. An error with one client harms no other."""
     selector = selectors.DefaultSelector()
     for source in (listener, sys.stdin, wake):
         selector.register(source, selectors.EVENT_READ)
@@ -307,21 +308,21 @@ def answer(listener: socket.socket, wake: int, jobs: dict[socket.socket, Fork]) 
             if job.poll() is not None:
                 with contextlib.suppress(OSError):  # its client is gone
                     connection.sendall(f"{job.returncode}\n".encode())
-                with contextlib.suppress(KeyError):  # as was seen above
+                with contextlib.suppress(KeyError):  # already done above
                     selector.unregister(connection)
                 connection.close()
                 del jobs[connection]
 
 
 def begin(connection: socket.socket) -> Fork:
-    """Start what a client asks for: the length of the request with the client's three files, the request."""
+    """Start what a client asks for. It sends the request's length, with its three files, then the request."""
     head, files, _, _ = socket.recv_fds(connection, 8, 3)
     try:
         size, content = int(head), b""
         while len(content) < size:
             content += (new := connection.recv(size - len(content)))
             if not new:
-                raise ConnectionError("a client has gone before it had asked")
+                raise ConnectionError("a client was gone before it had sent its request")
         asked = json.loads(content)
         streams = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
         return Fork(asked["words"], cwd=asked["cwd"], env=asked["env"], start_new_session=True, **streams)
@@ -331,7 +332,7 @@ def begin(connection: socket.socket) -> Fork:
 
 
 class Job:
-    """A process that the server has started for this one; as much of Popen as the tests use."""
+    """A process that the server has started for this one, with the parts of Popen that the tests use."""
 
     def __init__(self, words: list[str], cwd: Path, env: dict[str, str], files: list[int]):
         self.args, self.returncode, self.answer = words, None, b""
@@ -403,7 +404,7 @@ def client(words: list[str]) -> NoReturn:
     if not script_in(words):
         os.execv(sys.executable, words)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until there is a job to hand them on to
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until there is a job to pass them on to
     job = Job(words, Path.cwd(), dict(os.environ), [0, 1, 2])
 
     def hand_on(number: int, frame: Any) -> None:
@@ -415,7 +416,7 @@ def client(words: list[str]) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     status = job.wait()
     if status < 0:
-        with contextlib.suppress(OSError):  # SIGKILL has no other way
+        with contextlib.suppress(OSError):  # SIGKILL always has its default action
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status & 255)
@@ -423,7 +424,7 @@ def client(words: list[str]) -> NoReturn:
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[None]:
-    """A server for this process and the ones that it starts; in `folder`/bin, a `python` that uses it."""
+    """A server for this process and those that it starts; `folder`/bin has programs that use the server."""
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):
         program = folder / "bin" / name

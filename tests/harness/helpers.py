@@ -1,7 +1,7 @@
 """What the tests share: start a step, wait for it, plant a bug in it, and say how two runs differ.
 
-A test that starts something gets a fork of a process that has imported torch (forks.py), unless it says
-`real=True`: then it is started as a user starts it. test_real_start.py does that for every step.
+What a test starts is a fork of a process that has imported torch (forks.py). With `real=True`, it is started
+as a user starts it instead: test_real_start.py does that for every step.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from common.snapshot import snapshots, step_of  # noqa: E402
 FOLDERS = {path.parent.name[:2]: path.parent.name for path in sorted(ROOT.glob("0[1-9]_*/train.py"))}
 GROWN = [step for step in FOLDERS if step != "01"]
 UNDER_TORCHRUN = [step for step in FOLDERS if step > "02"]
-SHARDED = "05"  # whose snapshots are folders
+SHARDED = "05"  # its snapshots are folders
 
 # --- Start something, and wait for it
 
 
 def ranks_of(step: str) -> int:
-    """As many ranks as most tests start: one for step 01, two for the others."""
+    """The number of ranks in most tests: one for step 01, two for the others."""
     return 1 if step == "01" else 2
 
 
@@ -57,7 +57,7 @@ def command(step: str, ranks: int, root: Path = ROOT, python: str = sys.executab
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """CPUs and one thread, so that runs can be compared bit for bit; no proxy before a local server."""
+    """Variables for a run: CPUs and one thread, for bit-for-bit comparisons; no proxy for local servers."""
     fixed = {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
@@ -68,11 +68,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Started:
-    """A command that runs, as the leader of its own session: what it has printed, and how it ends."""
+    """A running command, the leader of its own session: what it has printed, and how it ends."""
 
     def __init__(self, words: list[str], folder: Path, real: bool, env: dict[str, str]):
         self.words = words
-        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  # gone with this object
+        self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  # deleted with this object
         self.process: subprocess.Popen[bytes] | forks.Job
         with open(os.devnull) as nothing:
             out, err = self.files
@@ -91,21 +91,21 @@ class Started:
 
     @property
     def out(self) -> str:
-        """All that it has printed so far."""
+        """Everything that it has printed so far."""
         return self.text(0)
 
     @property
     def err(self) -> str:
-        """The same, of standard error."""
+        """The same for standard error."""
         return self.text(1)
 
     @property
     def story(self) -> str:
-        """What to print when it did not do as it should."""
+        """What to print when it did not do what it should."""
         return f"$ {' '.join(self.words)}\n{self.out}\n{self.err}"
 
     def ranks(self) -> list[int]:
-        """The process ids of the ranks; of step 01, which has no launcher, its own."""
+        """The process ids of the ranks. Step 01 has no launcher, so there it is the command's own."""
         return children(self.pid) or [self.pid]
 
     def poll(self) -> int | None:
@@ -115,7 +115,7 @@ class Started:
         self.process.send_signal(number)
 
     def wait_for(self, pattern: str, seconds: float = 120) -> re.Match[str]:
-        """Wait until its output has `pattern`, a regular expression; AssertionError if it ends before."""
+        """Wait until its output matches `pattern`, a regular expression; AssertionError if it ends first."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.out)):
             assert self.poll() is None or re.search(pattern, self.out), (
@@ -129,7 +129,7 @@ class Started:
 
 
 def paths(real: bool = False) -> str:
-    """A PATH whose first `python` and `torchrun` make forks, or are those of the environment of the tests."""
+    """A PATH whose `python` and `torchrun` make forks or, with `real`, are those that run the tests."""
     first = Path(sys.executable).parent if real else Path(os.environ[forks.SOCKET]).parent / "bin"
     return f"{first}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -140,7 +140,7 @@ def start(words: list[str], folder: Path, real: bool = False, **extra: str) -> S
 
 
 def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
-    """Wait for a command; status, stdout and stderr. None of its processes is left behind."""
+    """Wait for a command, and return its status, stdout and stderr. None of its processes is left behind."""
     try:
         status = process.process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -156,7 +156,7 @@ def finish(process: Started, timeout: float = 120) -> tuple[int, str, str]:
 
 
 def show_stacks(process: Started) -> None:
-    """Let the processes of a command that hangs print where; not those that `real=True` has started."""
+    """Make the processes of a command that hangs print where they hang, unless `real=True` started them."""
     if isinstance(process.process, forks.Job):
         for pid in [process.pid, *children(process.pid)]:  # one by one, or they print into each other's lines
             kill([pid], forks.STACKS)
@@ -164,7 +164,7 @@ def show_stacks(process: Started) -> None:
 
 
 def state(pid: int) -> str:
-    """What Linux says a process does: D waits for a disk and hears no signal, Z has ended unnoticed."""
+    """What Linux says about a process. D waits for a disk and gets no signal; Z has ended unnoticed."""
     said = [f"process {pid}"]
     with contextlib.suppress(OSError):  # it has just ended, or this is not Linux
         names = ("Name", "State", "PPid", "Threads", "SigPnd", "ShdPnd", "SigBlk")
@@ -175,14 +175,14 @@ def state(pid: int) -> str:
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
-    """Send a signal to processes, of which some may have ended."""
+    """Send a signal to processes. Some of them may have ended."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have, on Linux; without helpers."""
+    """All descendants of a process, on Linux, except Python's resource trackers."""
     found = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
@@ -193,7 +193,7 @@ def children(pid: int) -> list[int]:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or only waits for its parent to notice."""
+    """Whether a process has ended, even if its parent has not noticed yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -201,7 +201,7 @@ def has_ended(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
-    """Wait for a condition; AssertionError with `what` in it when it does not come."""
+    """Wait until a condition is true; after `seconds`, raise an AssertionError that names `what`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -209,7 +209,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120) ->
 
 
 def wait_for_step(process: Started, folder: Path, step: int = 1) -> None:
-    """Wait until a run has saved step `step`, or a later one; AssertionError if it ends before."""
+    """Wait until a run has saved step `step`, or a later one; AssertionError if it ends first."""
 
     def there() -> bool:
         assert process.poll() is None or last_saved(folder) >= step, (
@@ -221,7 +221,7 @@ def wait_for_step(process: Started, folder: Path, step: int = 1) -> None:
 
 
 def errors(text: str) -> list[str]:
-    """The lines that tell a user what to put right."""
+    """The lines that tell a user what to fix."""
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
@@ -229,7 +229,7 @@ def errors(text: str) -> list[str]:
 
 
 def quoted_pattern(quoted: str) -> re.Pattern[str]:
-    """What finds a quoted block in an output: `…` is any part of a line or, alone in a line, any lines."""
+    """A pattern for a quoted block in an output: `…` is part of a line or, alone on a line, any lines."""
     found = "^"
     for line in quoted.splitlines():
         found += r"(?:.*\n)*?" if line == "…" else ".*?".join(map(re.escape, line.split("…"))) + r"[ ]*\n"
@@ -237,7 +237,7 @@ def quoted_pattern(quoted: str) -> re.Pattern[str]:
 
 
 def after_a_step(code: str) -> tuple[str, str]:
-    """An edit of a train.py: run `code` whenever a step is done."""
+    """An edit of a train.py: run `code` after every training step."""
     counts = "            self.global_step += 1\n"
     return counts, f"{counts}            import os, signal, time\n            {code}\n"
 
@@ -251,26 +251,26 @@ def telling(step: str) -> tuple[str, str]:
 
 
 def pause(step: int, until: Path) -> tuple[str, str]:
-    """An edit of a train.py: behind step `step`, wait until the file `until` is there, a minute at most.
+    """An edit of a train.py: after step `step`, wait until the file `until` exists, at most a minute.
 
-    So that a run is not over when a test comes to interrupt it.
+    So the run has not ended yet when a test interrupts it.
     """
     waiting = f"self.global_step == {step} and not os.path.exists({str(until)!r})"
     return after_a_step(f"[time.sleep(0.01) for _ in range(6000) if {waiting}]")
 
 
 class CannotPlantError(AssertionError):
-    """What an edit is to replace is not there, or not once."""
+    """The text that an edit replaces is not there, or is there more than once."""
 
 
 def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ...] = ()) -> Path:
-    """A copy in `root` of `common` and a step, with other text in one of their files.
+    """A copy, in `root`, of `common` and a step, with one of their files changed.
 
     Args:
         root: where the copy goes.
         name: the step whose train.py is changed, such as "02", or a file such as "common/models.py".
-        edits: (what stands there, exactly once; what is to stand there instead).
-        steps: further steps to be copied.
+        edits: (the text to replace, which is there exactly once; the new text).
+        steps: other steps to copy.
 
     Returns `root`. Raises CannotPlantError.
     """
@@ -289,24 +289,24 @@ def planted(root: Path, name: str, *edits: tuple[str, str], steps: tuple[str, ..
 
 
 RELU = "nn.ReLU(),\n        nn.Flatten()"
-# An edit of common/models.py: the small model, too, has averages, which each rank computes of its own images.
+# An edit of common/models.py: the small model has averages, too; each rank computes them from its own images.
 NORMED = (RELU, "nn.Sequential(nn.BatchNorm2d(32), nn.ReLU()),\n        nn.Flatten()")
 
 
 def traced(root: Path) -> Path:
-    """Let the data in `root` write down each batch that it hands out; `drawn` reads that."""
+    """Make the data set in `root` write down each batch that it returns; `drawn` reads that."""
     draws = "return self[torch.tensor(indices)]"
     writes = "print('drew', len(self), *indices, file=open(f'drawn-{os.getpid()}', 'a'))"
     return planted(root, "common/mnist.py", (draws, f"{writes}\n        {draws}"))
 
 
 def drawn(folder: Path, size: int) -> list[list[list[int]]]:
-    """For each process of a `traced` run in `folder`: its batches out of the data set of `size` images."""
+    """For each process of a `traced` run in `folder`, its batches from the data set of `size` images."""
     processes = []
     for file in sorted(folder.glob("drawn-*")):
         lines = [list(map(int, line.split()[1:])) for line in file.read_text().splitlines()]
         batches = [indices for length, *indices in lines if length == size]
-        processes.append(batches[batches[0] == [0, 1] :])  # without DDP's, of no step
+        processes.append(batches[batches[0] == [0, 1] :])  # without DDP's first pass
     return processes
 
 
@@ -319,27 +319,27 @@ def load(script: Path) -> ModuleType:
     return module
 
 
-# --- What a run leaves, and how two runs differ
+# --- What a run leaves behind, and how two runs differ
 
 
 def saved(folder: Path) -> list[int]:
-    """The steps of all snapshots in `folder`, newest first, of whichever kind."""
+    """The steps of all snapshots in `folder`, files and folders, newest first."""
     found = [*snapshots(folder), *snapshots(folder, sharded=True)]
     return sorted(map(step_of, found), reverse=True)
 
 
 def last_saved(folder: Path) -> int:
-    """The step of the newest snapshot in `folder`; 0 without one."""
+    """The step of the newest snapshot in `folder`; 0 if there is none."""
     return max(saved(folder), default=0)
 
 
 def left_over(folder: Path) -> list[str]:
-    """What is in `folder` besides snapshots and the lock, which stays."""
+    """The hidden files in `folder` other than the lock, which stays."""
     return sorted(path.name for path in folder.glob(".*") if path.name != ".lock")
 
 
 def newest(folder: Path) -> dict[str, Any]:
-    """What the newest snapshot in `folder` holds; step 05's by way of its convert.py."""
+    """What the newest snapshot in `folder` holds. Step 05's is read with its convert.py."""
     path = max([*snapshots(folder), *snapshots(folder, sharded=True)], key=step_of)
     if path.is_file():
         state, _ = snapshot.read(path)
@@ -359,7 +359,7 @@ class Run:
 
     @property
     def losses(self) -> torch.Tensor:
-        """The global loss of every step, float64."""
+        """The global loss of every step, in float64."""
         parts = [event["losses"] for event in self.events if event["event"] == "train"]
         return torch.tensor([loss for part in parts for loss in part], dtype=torch.float64)
 
@@ -370,7 +370,7 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The newest snapshot's, as steps 01 to 04 save it."""
+        """The state in the newest snapshot, in the form that steps 01 to 04 save."""
         return newest(self.snapshot_dir)
 
     @property
@@ -391,7 +391,7 @@ def train(
 ) -> Run:
     """Run a step to its end in `folder`, within `timeout` seconds; `folder/snapshots` has its snapshots.
 
-    With another `python` than this one it is really started; `extra` are variables for it.
+    With a `python` other than this one, the step is really started. `extra` are environment variables.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = ["--snapshot-dir=snapshots", "--metrics=metrics.jsonl", "--use-gpu=0"]
@@ -402,13 +402,13 @@ def train(
 
 
 def read_run(name: str, folder: Path, out: str = "", err: str = "") -> Run:
-    """What a run has left in `folder`: `metrics.jsonl` and `snapshots`."""
+    """The run that left `metrics.jsonl` and `snapshots` in `folder`."""
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return Run(name, out, err, events, folder / "snapshots")
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Between two states with the same names."""
+    """The largest difference between two states with the same names."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -425,10 +425,10 @@ def states_equal(a: Any, b: Any) -> bool:
 
 
 def disagreements(run: Run, reference: Run, tolerance: float = 1e-10) -> list[str]:
-    """What two float64 runs of the same training do not agree in; prints what it compares.
+    """What two float64 runs of the same training disagree in; prints what it compares.
 
-    1e-10: reordered sums differ by 1e-16 a step, and AdamW's division by the root of tiny second
-    moments makes up to 1e-11 of it in 100 steps. A wrong gradient is seen at 1e-4 and more.
+    Why 1e-10: reordered sums differ by 1e-16 a step. AdamW divides by the root of tiny second moments, which
+    turns this into up to 1e-11 in 100 steps. A wrong gradient makes a difference of 1e-4 or more.
     """
     weights = largest_difference(run.weights, reference.weights)
     steps = min(len(run.losses), len(reference.losses))
@@ -437,7 +437,7 @@ def disagreements(run: Run, reference: Run, tolerance: float = 1e-10) -> list[st
     print(
         f"{run.name}, {len(run.losses)} steps, against {reference.name}, {len(reference.losses)} steps: "
         f"weights {weights:.1e}, losses {losses:.1e} (at most {tolerance}), "
-        f"right {tests[0][0]} of {tests[0][1]} and {tests[1][0]} of {tests[1][1]}"
+        f"correct {tests[0][0]} of {tests[0][1]} and {tests[1][0]} of {tests[1][1]}"
     )
     found = []
     if len(run.losses) != len(reference.losses):
@@ -451,10 +451,11 @@ def disagreements(run: Run, reference: Run, tolerance: float = 1e-10) -> list[st
     return found
 
 
-# 12 divides by 1, 2 and 3, but neither 647 images do nor the 107 test images that come with them:
-# every tail is ragged. 53 steps an epoch, and the second one shuffles anew: 106 in all.
+# 12 is divisible by 1, 2 and 3. 647, the number of images, is not divisible by 2 or 3, nor is 107, the
+# number of test images: there is always a remainder. An epoch has 53 steps, and the second epoch shuffles
+# again: 106 steps in all.
 GLOBAL_BATCH = 12
 PROOF = ["--num-samples=647", "--epochs=2", "--precision=float64"]
-# For vit four times as many: with batches of 12 its gradients jump, and on some processors the last bit of a
-# step becomes 1e-10 of a loss within 100 steps. With 48, seen with four seeds, at most 1e-13.
+# vit gets batches four times as large. With 12, its gradients jump, and on some processors a difference in a
+# step's last bit becomes 1e-10 of a loss within 100 steps. With 48, four seeds gave at most 1e-13.
 PROOF_OF_VIT = ["--model=vit", "--vit-depth=2", "--num-samples=2591", *PROOF[1:]]

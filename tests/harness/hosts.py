@@ -1,7 +1,8 @@
-"""Several hosts on one machine: each a process in namespaces of its own, on a network that can be cut.
+"""Several hosts on one machine: each is a process in its own namespaces, on a network that can be cut.
 
-A host has its own hostname, processes, `/etc/hosts`, address and disk. It is held up by one process, and when
-that ends, all that ran on the host and its network are gone: nothing outlives a test, however it ends.
+A host has its own hostname, processes, `/etc/hosts`, address and disk. One process keeps it alive. When that
+process ends, everything that runs on the host ends too, and its network disappears: nothing outlives a test,
+however the test ends.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ WHY = "needs root, and the commands unshare, nsenter (util-linux) and ip (iprout
 
 
 def possible() -> bool:
-    """Whether this user may make namespaces here."""
+    """Whether this user may create namespaces here."""
     trial = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"]
     try:
         return subprocess.run(trial, capture_output=True).returncode == 0
@@ -27,7 +28,7 @@ def possible() -> bool:
 
 
 def hold_up(*namespaces: str) -> tuple[subprocess.Popen[str], str]:
-    """A process that holds up namespaces until it is killed, or this one ends; and their PID 1."""
+    """A process that keeps namespaces alive until it is killed or this process ends, and their PID 1."""
     words = ["setpriv", "--pdeathsig=KILL", "unshare", *namespaces, "--fork", "--kill-child", "--mount-proc"]
     # As PID 1 it inherits the processes whose parent was killed; bash reaps them.
     script = "echo ready; while :; do sleep infinity & wait -n; done"
@@ -49,7 +50,7 @@ class Host:
         self.process, self.pid = hold_up(*NAMESPACES)
 
     def set_up(self) -> None:
-        """Give it its name, its disk and what else makes it a host."""
+        """Give the host its name, its disk and everything else that a host needs."""
         self.run(
             f"hostname {self.name}",
             "ip link set lo up",
@@ -59,7 +60,7 @@ class Host:
         )
 
     def words(self, *command: str) -> list[str]:
-        """A command, to be run on this host."""
+        """The words that run a command on this host."""
         return ["nsenter", f"--target={self.pid}", *NAMESPACES, "--wd=" + str(self.network.disk), *command]
 
     def run(self, *lines: str) -> str:
@@ -71,7 +72,7 @@ class Host:
         ).stdout
 
     def start(self, script: str, **extra: str) -> subprocess.Popen[str]:
-        """Start a shell script on this host's disk, with variables more; both outputs in one pipe."""
+        """Start a shell script on this host's disk, with `extra` variables; both outputs go to one pipe."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # torchrun's folder first
         return subprocess.Popen(
             self.words("bash", "-c", script),
@@ -84,13 +85,13 @@ class Host:
         )
 
     def processes(self) -> list[str]:
-        """What runs here, the process that holds the host up left out."""
+        """What runs here, without the process that keeps the host alive."""
         lines = self.run("ps -ewwo pid=,stat=,args=").splitlines()
         ours = [line for line in lines if " sleep infinity" not in line and "ps -ewwo" not in line]
         return [line for line in ours if line.split()[0] != "1" and not line.split()[1].startswith("Z")]
 
     def kill_all(self) -> None:
-        """End every process here at once, as a crash does; the host can be used again."""
+        """Kill every process here at once, as a crash does. The host can be used again."""
         self.run("kill -KILL -1 || true")
 
     def cable(self, state: str) -> None:
@@ -115,7 +116,7 @@ class Network:
         """Add hosts, which are not connected yet."""
         self.disk.mkdir(parents=True)
         lines = ["127.0.0.1 localhost", *(f"10.77.0.{i} node{i}" for i in range(1, count + 1))]
-        # An IPv4 address in IPv6's clothes: torch looks names up both ways, and warns of the missing one.
+        # An IPv4 address written as an IPv6 one: torch looks up both kinds, and warns if one is missing.
         lines += [f"::ffff:10.77.0.{i} node{i}" for i in range(1, count + 1)]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
         for number in range(1, count + 1):
@@ -123,7 +124,7 @@ class Network:
             self.hosts[-1].set_up()
 
     def switch(self, *lines: str) -> None:
-        """Run commands where the switch is."""
+        """Run commands in the network namespace of the switch."""
         enter = ["nsenter", f"--target={self.pid}", "--net"]
         subprocess.run([*enter, "bash", "-ec", "\n".join(lines)], check=True, capture_output=True)
 
@@ -138,7 +139,7 @@ class Network:
             host.run(f"ip addr add {host.address}/24 dev eth0", "ip link set eth0 up")
 
     def connect_slowly(self, delay_ms: float, mbit: float) -> None:
-        """Lay a slow cable between the two hosts."""
+        """Connect the two hosts with a slow cable."""
         first, second = self.hosts
         words = ["setpriv", "--pdeathsig=KILL", sys.executable, str(Path(__file__).with_name("relay.py"))]
         words += [first.pid, first.address, second.pid, second.address, str(delay_ms), str(mbit)]
@@ -146,7 +147,7 @@ class Network:
         assert self.relay.stdout is not None and self.relay.stdout.readline() == "ready\n"
 
     def down(self) -> None:
-        """End all hosts, with all that runs on them."""
+        """End all hosts, and everything that runs on them."""
         for holder in [*(host.process for host in self.hosts), self.process, self.relay]:
             if holder:
                 holder.kill()
@@ -169,7 +170,7 @@ def network(folder: Path, count: int, slow: tuple[float, float] | None = None) -
 
 
 def commands_for(nodes: list[str], *options: str, root: Path = ROOT) -> dict[str, str]:
-    """What `launch_multinode.sh` prints for each node, to be typed there."""
+    """The command that `launch_multinode.sh` prints for each node, to be typed there."""
     words = [str(root / "launch_multinode.sh"), f"--hosts={','.join(nodes)}", *options]
     printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     blocks = printed.split("\n# --- on ")[1:]

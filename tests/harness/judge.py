@@ -1,6 +1,6 @@
-"""Runs tests of the copy of the repository that it lies in, for mutants.py, which starts it there in a fork.
+"""Runs tests of the copy of the repository that it is in, for mutants.py, which starts it there in a fork.
 
-python tests/harness/judge.py FOLDER       asked in FOLDER/asked.json, answered in FOLDER/answer.json
+python tests/harness/judge.py FOLDER       question: FOLDER/asked.json; answer: FOLDER/answer.json
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Judge:
-    """A pytest plugin: remembers which test failed, and stops in time; or traces each test, and its time."""
+    """A pytest plugin: remembers which test failed, and stops in time; or traces and times each test."""
 
     def __init__(self, limit: float, traces: Path | None):
         self.end, self.traces = time.monotonic() + limit, traces
@@ -76,21 +76,21 @@ class Judge:
 
 
 def judge(asked: dict[str, Any], answer: Path) -> None:
-    """Run tests of the copy that this file is in; the answer is JSON, and is there when all is over."""
+    """Run tests of the copy that this file is in. The answer, in JSON, appears when they are done."""
     own = [kind for kind in subprocess.Popen.__mro__ if kind.__module__ == "subprocess"]
-    subprocess.Popen = own[0]  # type: ignore[misc, assignment]  # in a fork of the server, it is the server's
+    subprocess.Popen = own[0]  # type: ignore[misc, assignment]  # a fork of the server has the server's
     traces = Path(asked["traces"]) if asked["traces"] else None
     plugin = Judge(asked["limit"], traces)
     try:
         import helpers  # noqa: F401
-    except (Exception, SystemExit) as error:  # of the mutant: no test can begin
+    except (Exception, SystemExit) as error:  # the mutant's: no test can begin
         plugin.killer = "tests/harness/helpers.py"
         plugin.why = f"{type(error).__name__}: {error}".splitlines()[0]
     flags = ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--all", f"--basetemp={ROOT.parent / 'tmp'}"]
     flags += [] if traces else ["-x"]
     flags += [f"--data-dir={asked['data_dir']}"] if asked["data_dir"] else []
     os.chdir(ROOT)
-    # The first few by themselves: most mutants fall there, and the other files need not be imported.
+    # The first few run by themselves: they catch most mutants, and the other files need not be imported.
     status, tests = 0, asked["tests"]
     for part in [tests] if traces else [tests[:3], tests[3:]]:
         if part and not plugin.killer:

@@ -1,11 +1,11 @@
-"""A slow network cable between two hosts of `hosts.py`: packets pass through this process, late.
+"""A slow network cable between two hosts of `hosts.py`: this process passes packets on, late.
 
     python relay.py PID_A ADDRESS_A PID_B ADDRESS_B DELAY_MS MBIT
 
-In the network namespace of each PID it makes a network interface eth0 with that address. A packet that one
-sends comes out at the other DELAY_MS later, and not faster than MBIT million bits a second; 2 MB wait in
-each direction, what comes when these are full is lost. Some kernels do this themselves (`tc qdisc … netem`),
-but not all.
+It creates a network interface, eth0, in the network namespace of each PID, with the address after that PID. A
+packet that one sends arrives at the other DELAY_MS later, and no faster than MBIT million bits a second. In
+each direction, up to 2 MB wait; a packet that comes when these are full is lost. Some kernels can do this
+themselves (`tc qdisc … netem`), but not all.
 """
 
 import ctypes
@@ -42,10 +42,10 @@ def interface(pid: str, address: str, peer: str) -> int:
 
 
 def relay(tuns: tuple[int, int], delay: float, bytes_per_s: float) -> None:
-    """Hand packets over, for ever."""
+    """Pass packets on, forever."""
     underway: list[
         tuple[float, int, int, bytes]
-    ] = []  # when due, a number to keep their order, to whom, what
+    ] = []  # when it is due, a number to keep the order, the receiver, the packet
     free = [0.0, 0.0]  # when the last byte of each direction's queue will be on its way
     count = 0
     while True:

@@ -1,11 +1,11 @@
-"""Interrupt training at random moments, start it again with the same command, and compare how it ends.
+"""Interrupt training at random moments, start it again with the same command, and compare the results.
 
     make soak                              # 100 interruptions, and 20 restarts by torchrun
     make soak ARGS="--kills 10 --seed 7"   # fewer; all seeds are printed
     make soak ARGS="--ranks 3,4"           # only at these world sizes; otherwise 2, 3 and 4
 
-A run of a step is interrupted several times, in a different way each time, and must end with the weights
-and the optimizer's state of a run that was left alone, bit for bit. Needs Linux's /proc.
+A run of a step is interrupted several times, in a different way each time. It must end, bit for bit, with the
+weights and the optimizer's state of an uninterrupted run. This needs Linux's /proc.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from helpers import (
 from sharded import unfinished
 
 SAVE_EVERY = 5
-EPOCH = 21  # steps, so that an epoch does not end where a snapshot is due anyway
+EPOCH = 21  # steps: an epoch must not end where a snapshot is due anyway
 EPOCHS = 5
 SIZES = (2, 3, 4)  # of the world
 LAST = EPOCHS * EPOCH
@@ -63,9 +63,9 @@ FLAGS = [
     f"--save-every={SAVE_EVERY}",
     "--use-gpu=0",
 ]
-ROOM = 12 * SAVE_EVERY  # no run is interrupted so near its end: it might be over before
+ROOM = 12 * SAVE_EVERY  # no run is interrupted this close to its end: it might end first
 
-# What is ended and how. The launcher is mp.spawn's process or torchrun; its ranks live on for a moment.
+# What is ended, and how. The launcher is mp.spawn's parent or torchrun; its ranks outlive it for a moment.
 KINDS = {
     "one rank": signal.SIGKILL,
     "all ranks": signal.SIGKILL,
@@ -80,7 +80,7 @@ KINDS = {
 }
 GRACEFUL = {"SIGTERM", "Ctrl-C", "SIGHUP"}
 
-# An edit of a train.py: while there is a file `stall`, the last rank gets no batch.
+# An edit of a train.py: while the file `stall` exists, the last rank gets no batch.
 LOADS = "    train_data, test_data = load_mnist(args.data_dir, args.num_samples)\n"
 STALLS = f"""{LOADS}    import os, time
     usual = type(train_data).__getitems__
@@ -101,13 +101,13 @@ def kinds_for(step: str) -> list[str]:
 
 
 class StuckSave:
-    """A pipe where the next snapshot is to be written: a disk that takes no more in the middle of it."""
+    """A pipe in place of the next snapshot, to act like a disk that blocks in the middle of a save."""
 
     def __init__(self, step: str, ranks: int, folder: Path, rng: random.Random):
         saved = last_saved(folder / "snapshots")
         due = min(saved - saved % SAVE_EVERY + SAVE_EVERY, saved - saved % EPOCH + EPOCH)
         self.reader, self.other = None, None
-        if step == "05":  # one rank's shard gets nowhere, the next one's is written
+        if step == "05":  # one rank's shard gets stuck, the next rank's is written
             shards, rank = unfinished(folder / "snapshots", due), rng.randrange(ranks)
             shutil.rmtree(shards, ignore_errors=True)
             shards.mkdir(parents=True)
@@ -121,13 +121,13 @@ class StuckSave:
             self.reader = os.open(self.pipe, os.O_RDONLY | os.O_NONBLOCK)
 
     def is_reached(self) -> bool:
-        """Whether a rank has begun to write the snapshot, and waits."""
+        """Whether a rank has begun to write the snapshot, and is stuck."""
         if self.reader is None:
             return self.other.exists() and self.other.stat().st_size > 0
         return bool(select.select([self.reader], [], [], 0)[0])
 
     def clear(self) -> None:
-        """Leave what has been written, as a disk would."""
+        """Keep what has been written so far, as a disk would."""
         half = b"half"
         if self.reader is not None:
             with contextlib.suppress(BlockingIOError):
@@ -140,9 +140,9 @@ class StuckSave:
 def interrupt(
     life: Started, folder: Path, kind: str, due: int, stuck: StuckSave | None, rng: random.Random
 ) -> tuple[str, list[int]]:
-    """End a life in the way of `kind`: in a save, in the beginning, or soon after it has saved step `due`.
+    """End a run as `kind` says: in a save, at the start, or soon after it has saved step `due`.
 
-    Returns when that was, in words, and which ranks there were. Raises AssertionError if it was over before.
+    Returns the moment, in words, and the ranks that it had. Raises AssertionError if it ended before that.
     """
     try:
         if stuck:
@@ -150,7 +150,7 @@ def interrupt(
             moment = f"in the save of {stuck.pipe.parent.name}/{stuck.pipe.name}"
         elif kind.endswith("early"):
             end = time.monotonic() + (seconds := rng.uniform(0, 0.8))
-            # Its first line comes before its first step, on a fast machine long before the end of this time.
+            # Its first line comes before its first step: on a fast machine, long before this time is over.
             wait_until(lambda: time.monotonic() > end or life.out or life.poll() is not None, "the start")
             moment = f"{seconds:.2f} s after its start, or at its first line"
         else:
@@ -160,9 +160,9 @@ def interrupt(
             if kind.endswith("no batch"):
                 (folder / "stall").touch()
                 wait_until((folder / "stalled").exists, "a rank that gets no batch")
-        assert life.poll() is None, f"it was over before its moment, {moment}\n{life.story}"
+        assert life.poll() is None, f"it ended before its moment, {moment}\n{life.story}"
         if kind.startswith("everything"):
-            kill([life.pid], signal.SIGSTOP)  # so that it starts no rank that would be forgotten here
+            kill([life.pid], signal.SIGSTOP)  # so that it starts no rank that would be missed here
     except AssertionError:
         kill([life.pid, *life.ranks()])
         raise
@@ -173,7 +173,7 @@ def interrupt(
         kill(ranks, KINDS[kind])
     elif kind.startswith("everything"):
         kill([life.pid, *ranks], KINDS[kind])
-    elif kind == "Ctrl-C":  # from a terminal it comes to the whole group; torchrun's ranks have their own
+    elif kind == "Ctrl-C":  # a terminal sends it to the whole group; torchrun's ranks have their own
         os.killpg(life.pid, signal.SIGINT)
     else:
         kill([life.pid], KINDS[kind])
@@ -190,7 +190,7 @@ def words_for(step: str, ranks: int, root: Path = ROOT) -> list[str]:
 
 
 def undisturbed(step: str, ranks: int, folder: Path) -> dict[str, Any]:
-    """The state at the end of a run that is left alone."""
+    """The state at the end of an uninterrupted run."""
     folder.mkdir(parents=True)
     process = start(words_for(step, ranks), folder)
     status, _, _ = finish(process)
@@ -202,7 +202,7 @@ def check_end(folder: Path, expected: dict[str, Any], story: str) -> None:
     state = newest(folder / "snapshots")
     assert state["global_step"] == LAST, f"ended at step {state['global_step']}, not {LAST}\n{story}"
     different = [key for key in expected if not states_equal(state[key], expected[key])]
-    assert not different, f"differs from the run that was left alone in {different}\n{story}"
+    assert not different, f"differs from the uninterrupted run in {different}\n{story}"
     left = left_over(folder / "snapshots")
     assert not left, f"left behind: {left}\n{story}"
 
@@ -210,9 +210,9 @@ def check_end(folder: Path, expected: dict[str, Any], story: str) -> None:
 def interrupted_run(
     step: str, ranks: int, kinds: list[str], seed: int, folder: Path, expected: dict[str, Any]
 ) -> list[str]:
-    """Start a step, interrupt it in each way of `kinds`, and let it come to its end.
+    """Start a step, interrupt it in each of the ways in `kinds`, and let it finish.
 
-    Returns a line for each interruption, as many as `kinds`. Raises AssertionError if it does not end so.
+    Returns one line for each of `kinds`. Raises AssertionError if the run does not end as it should.
     """
     rng = random.Random(seed)
     folder.mkdir(parents=True)
@@ -220,14 +220,14 @@ def interrupted_run(
     ranks_were: list[int] = []
     for number, kind in enumerate(kinds):
         if kind.endswith("in a save") or kind in GRACEFUL:
-            # Ranks without a launcher save and leave. They would run into the pipe, and stay there; or save
-            # the step for which this life is to get its signal.
+            # Ranks that have lost their launcher save and exit. They would get stuck at the pipe, or save
+            # the step after which this run is to get its signal.
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
         before = last_saved(folder / "snapshots")
         if kind.endswith("in a save") and before and before % EPOCH == 0:
-            kind = "everything"  # the epoch's end saves the same step once more, and deletes the pipe
+            kind = "everything"  # the end of the epoch saves the same step again, and deletes the pipe
         stuck = StuckSave(step, ranks, folder, rng) if kind.endswith("in a save") else None
-        # Each interruption comes in its own part of what is left.
+        # Each interruption comes in its own part of the remaining steps.
         part = (LAST - ROOM - before) // (len(kinds) - number)
         due = before + max(SAVE_EVERY, rng.randrange(max(1, part)) // SAVE_EVERY * SAVE_EVERY)
         root = ROOT
@@ -251,12 +251,12 @@ def interrupted_run(
         assert not unexpected, f"{done[-1]}\n{life.story}"
         if kind in GRACEFUL:
             said = re.search(r"(SIGTERM|SIGINT|SIGHUP): saved at step (\d+)", text)
-            # Before the first step nothing is lost, and nothing saved.
+            # Before the first step, there is nothing to lose, and nothing is saved.
             assert int(said[2]) == after if said else after == before, f"{done[-1]}, unsaved\n{life.story}"
-        if kind.startswith("everything"):  # nobody to wait for, but the kernel
+        if kind.startswith("everything"):  # only the kernel still has work to do
             wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")  # noqa: B023
     wait_until(lambda: all(map(has_ended, ranks_were)), f"the end of {ranks_were}")
-    for mark in (folder / "snapshots").glob(".mark-*"):  # of a rank that was killed in ranks_sharing
+    for mark in (folder / "snapshots").glob(".mark-*"):  # left by a rank that was killed in ranks_sharing
         os.utime(mark, times=(0, 0))  # more than an hour ago: the next run deletes it
     last = start(words_for(step, ranks), folder)
     status, _, _ = finish(last)
@@ -268,7 +268,7 @@ def interrupted_run(
 
 
 def restarted_run(step: str, ranks: int, seed: int, folder: Path, expected: dict[str, Any]) -> list[str]:
-    """SIGKILL one rank at a random moment under `--max-restarts=3`, and leave the rest to torchrun."""
+    """SIGKILL one rank at a random moment under `--max-restarts=3`, and let torchrun do the rest."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
     words = words_for(step, ranks)
@@ -293,7 +293,7 @@ def soak(
     sizes: tuple[int, ...] = SIZES,
     steps: tuple[str, ...] = tuple(FOLDERS),
 ) -> bool:
-    """Interrupt runs of the steps, two at a time, as often as told or more; whether all ended well."""
+    """Interrupt runs of the steps, two at a time, at least `interruptions` times. True if all ended well."""
     began, rng, lock = time.monotonic(), random.Random(seed), threading.Lock()
     counts = {"interruptions": 0, "restarts": 0, "runs": 0, "failures": 0}
     print(f"seed {seed}: {interruptions} interruptions, {restarts} restarts", flush=True)
@@ -352,7 +352,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=100, help="interruptions, at least (100)")
+    parser.add_argument("--kills", type=int, default=100, help="at least this many interruptions (100)")
     parser.add_argument("--restarts", type=int, default=20, help="runs that torchrun restarts (20)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="a new one each time")
     parser.add_argument("--ranks", default="2,3,4", help="the world sizes (2,3,4)")

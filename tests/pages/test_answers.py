@@ -1,7 +1,7 @@
 """What the tables "When it goes wrong" and the questions quote from torch is what torch says.
 
-What can be met on a CPU is provoked here, and the remedy that the page names is tried. Where that takes a GPU
-or Windows, the words at least are those of the installed torch.
+Errors that can happen on a CPU are provoked here, and the remedy that the page names is tried. For errors
+that need a GPU or Windows, the tests only check that the installed torch has these words.
 """
 
 import importlib.util
@@ -28,13 +28,13 @@ PAGES = {
 
 
 def quoted(step, words):
-    """`words`, which the page of a step (`""`: the questions) has to quote."""
+    """Return `words`, which the page of a step (`""`: the questions) must quote."""
     assert words in PAGES[step].read_text(), f"{PAGES[step]} does not quote: {words}"
     return words
 
 
 def torchrun(folder, ranks, script, *words, **variables):
-    """Run a script's text on so many ranks: status, stdout and stderr."""
+    """Run a script's text on `ranks` ranks; return status, stdout and stderr."""
     (folder / "script.py").write_text(script)
     module = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     status, out, err = finish(start([*module, str(folder / "script.py"), *words], folder, **variables), 60)
@@ -45,7 +45,7 @@ def torchrun(folder, ranks, script, *words, **variables):
 # --- Words
 
 
-OLDER = ("Duplicate GPU detected", "using GPU 0 … as device used by this process")  # than what is installed
+OLDER = ("Duplicate GPU detected", "using GPU 0 … as device used by this process")  # no longer printed
 VARIABLE = r"…|\[c10d\]|(?:rank )?\b\d+\b|'[^']*'|\bnode\d|(?:run )?\b(?:cnn|vit)-\S+|[()<>]"
 VARIABLE += r"|\b(?:IPv6|RANK|SIG[A-Z]+)\b"
 
@@ -57,7 +57,7 @@ def fragments(message):
 
 
 def test_each_message_in_the_index_is_one_that_torch_or_this_project_prints():
-    """Each of its fragments is in our code, in torch's or Python's, in a library's, or one of Linux."""
+    """Each of its fragments is in our code, torch's, Python's or a library's, or is Linux's."""
     ours = [*ROOT.glob("common/*.py"), *ROOT.glob("0*/*.py"), ROOT / "workshop" / "doctor.py"]
     text = "".join(path.read_text() for path in ours)
     text = re.sub(r'"\n\s+f?"', "", text)  # a message in two lines
@@ -90,7 +90,7 @@ def mapped(path):
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-# --- Words of what takes a GPU, or Windows
+# --- Words of errors that need a GPU, or Windows
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_steps_name_their_gpu_to_the_process_group():
 
 
 def test_step_03_trains_without_libuv(tmp_path):
-    """What the page says to do on Windows, on Linux; and the store is another one then."""
+    """What the page says to do on Windows, done on Linux. torch then uses another store."""
     quoted("03", "USE_LIBUV=0")
     flags = ["--num-samples=256", "--epochs=1", "--use-gpu=0"]
     process = start([*command("03", 2), *flags], tmp_path, USE_LIBUV="0", TORCH_CPP_LOG_LEVEL="INFO")
@@ -195,7 +195,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_unequally_many_batches(tmp_path, ranks):
-    """They fail; with `join` each trains on all of its own, and stopped together all take as many steps."""
+    """They fail. With `join`, each uses all its batches; stopped together, all take two steps."""
     quoted("", "model.join()")
     quoted("", "ReduceOp.MIN")
     status, out, err = torchrun(tmp_path, ranks, UNEQUAL)
@@ -219,18 +219,18 @@ def test_less_data_than_a_global_batch(tmp_path, step, ranks):
     few = 64 * ranks - 1
     loader = DataLoader(range(63), 64, drop_last=True)
     print(f"DataLoader alone: {list(loader)}")
-    assert list(loader) == []  # and says nothing
+    assert list(loader) == []  # and prints nothing
     flags = [f"--num-samples={few}", "--epochs=1", "--use-gpu=0"]
     status, _out, err = finish(start([*command(step, ranks), *flags], tmp_path))
     print(err)
-    assert status == (1 if step > "02" else 2)  # torchrun's, which does not hand on the ranks' 2
+    assert status == (1 if step > "02" else 2)  # torchrun's, which does not pass on the ranks' 2
     said = f"error: a step takes {64 * ranks} samples, synthetic-{few} has {few}: lower --batch-size"
     assert errors(err) == [said]
     quoted("01", "error: a step takes 64 samples, … has 63: lower --batch-size")
 
 
 class Stream(IterableDataset):
-    """Numbers, dealt out by the expression that the page of questions has."""
+    """Numbers, divided among ranks and workers by the expression on the page of questions."""
 
     def __init__(self, rank, world_size):
         self.rank, self.world_size = rank, world_size
@@ -270,7 +270,7 @@ def test_a_stream_is_dealt_out_once(world_size, workers):
 
 @pytest.mark.slow
 def test_what_a_notebook_defines_cannot_be_spawned(tmp_path):
-    """A function without a file, as one of a notebook's cells: the new process does not find it."""
+    """A function without a file, as in a notebook's cell: the new process does not find it."""
     words = quoted("02", "Can't get attribute 'worker' on <module '__main__'")
     script = (
         "import torch.multiprocessing as mp\n"
@@ -297,7 +297,7 @@ def test_a_rank_that_linux_kills(tmp_path):
 @pytest.mark.root
 @pytest.mark.skipif(not possible(), reason=WHY)
 def test_a_small_dev_shm(tmp_path):
-    """As in a container: the processes that load data cannot hand it over. Without them, nothing needs it."""
+    """As in a container: workers that load data cannot pass it on. Without workers, nothing needs it."""
     words = quoted("04", "unable to allocate shared memory(shm)")
     script = f"{sys.executable} {ROOT}/{FOLDERS['01']}/train.py"
     flags = "--num-samples=4000 --batch-size=1000 --epochs=1 --use-gpu=0"
@@ -318,7 +318,7 @@ def test_a_small_dev_shm(tmp_path):
 
 
 def test_torchrun_can_be_told_of_usr1():
-    """From torch 2.11 on at least; the ranks themselves do not know that signal."""
+    """At least from torch 2.11 on. The ranks themselves do not handle this signal."""
     quoted("04", "--signals-to-handle")
     spec = importlib.util.find_spec("torch.distributed.run")
     assert '"--signals-to-handle"' in Path(spec.origin).read_text()

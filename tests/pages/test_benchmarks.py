@@ -1,4 +1,4 @@
-"""The benchmarks still run, and what the pages say of them is what was recorded."""
+"""The benchmarks still run, and what the pages say about them is what was recorded."""
 
 import json
 import re
@@ -18,7 +18,7 @@ RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/results/speedrun.jso
 
 @pytest.mark.slow
 def test_the_speed_run_is_what_it_was(mnist_dir, tmp_path):
-    """One seed. The accuracy that is recorded is the mean of 30."""
+    """With one seed. The recorded accuracy is the mean of 30."""
     words = [sys.executable, str(ROOT / "benchmarks" / "speedrun.py"), "--seeds=1", "--ranks=2"]
     status, out, err = finish(start([*words, f"--data-dir={mnist_dir}"], tmp_path, OMP_NUM_THREADS="1"))
     print(out, err)
@@ -26,7 +26,7 @@ def test_the_speed_run_is_what_it_was(mnist_dir, tmp_path):
     result = json.loads(out.splitlines()[-1])
     [record] = [record for record in RECORDS if (record["ranks"], record["precision"]) == (2, "float32")]
     assert result.keys() == record.keys()
-    # Another processor adds in another order: another draw of the 30, of which none is four deviations off.
+    # Another processor adds in another order, like one more of the 30: none of them is four deviations off.
     assert abs(result["mean"] - record["mean"]) < 4 * record["sd"]
     assert 0 < result["train_seconds"] < result["wall_seconds"]
 
@@ -37,7 +37,7 @@ def test_the_page_gives_what_was_recorded(record):
     assert f"{record['machine']}" in page and f"torch {record['torch']}" in page
     recipe = load(ROOT / "benchmarks" / "speedrun.py").RECIPE
     assert all(flag.replace("=", " ") in page for flag in recipe) and len(recipe) == 3
-    # And what no flag says: label smoothing, and AdamW's betas.
+    # What is not in a flag: label smoothing, and AdamW's betas.
     script = load(ROOT / "benchmarks" / "label_smoothing.py")
     correct_digit = f"{1 - 0.9 * script.SMOOTHING:g}"
     other_digit = f"{0.1 * script.SMOOTHING:g}"
@@ -49,7 +49,7 @@ def test_the_page_gives_what_was_recorded(record):
 
 @pytest.mark.parametrize("step", ["01", "03", "04", "05"])
 def test_a_step_takes_another_loss_and_other_betas(tmp_path, step):
-    """label_smoothing.py: both are used in training, and the test loss is what it was."""
+    """label_smoothing.py: training uses both, and the test loss is the usual one."""
     script = load(ROOT / "benchmarks" / "label_smoothing.py")
     ranks = ranks_of(step)
     flags = ["--num-samples=120", f"--batch-size={24 // ranks}", "--epochs=1", "--precision=float64"]
@@ -82,7 +82,7 @@ def bench_records():
 
 @pytest.mark.slow
 def test_the_bench_still_runs(tmp_path):
-    """All its rows, but for those of larger models, and of a textbook's minutes."""
+    """All its rows, except those of larger models, and those of a textbook's minutes."""
     out = tmp_path / "found.json"
     words = [sys.executable, str(ROOT / "benchmarks" / "bench.py"), "--quick", f"--out={out}"]
     status, said, err = finish(start(words, tmp_path), 600)  # 35 s alone
@@ -100,7 +100,7 @@ def test_the_bench_still_runs(tmp_path):
 
 
 def test_the_bench_was_recorded_whole():
-    """Every row with its goal, and the table is that of the record."""
+    """Every row has its goal, and the table is the record's."""
     bench = load(ROOT / "benchmarks" / "bench.py")
     assert bench_records()
     for machine, record in bench_records().items():
@@ -158,7 +158,7 @@ def test_a_timeline_shows_when_ranks_talk(step):
 
 @pytest.mark.slow
 def test_the_pictures_are_drawn_alike_each_time(tmp_path):
-    """All of them, for a light and for a dark page; and each is on a page, in both."""
+    """All of them, for light and dark pages. Each one is on a page, in both versions."""
     for folder in ("once", "twice"):
         pictures.draw_all(tmp_path / folder)
     names = sorted(path.name for path in pictures.PICTURES.iterdir())

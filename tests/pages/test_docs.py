@@ -1,4 +1,4 @@
-"""What the READMEs say: their commands run, their diffs are the scripts', their links lead where they say.
+"""What the READMEs say: their commands run, their diffs match the scripts, their links lead where they say.
 
 Promise: the commands in the READMEs work (`make test-all`), and the diffs in them match the scripts.
 """
@@ -48,7 +48,7 @@ SKIPPED = [*BY_HAND, *MAKE, *SLURM]
 
 
 def quicker(line):
-    """A command with less to train; a page that says 10240 says it wherever a folder is used again."""
+    """A command with less to train. A page that has 10240 has it in all commands with the same folder."""
     if "train.py" in line and "--num-samples" not in line and not line.startswith("diff"):
         return f"{line} --num-samples 2048 --epochs 1"  # not all of MNIST: `make train` does that
     return line.replace("--num-samples 10240", "--num-samples 2560").replace("20480", "1920")
@@ -60,7 +60,7 @@ def flag(line, name, default):
 
 
 def complaints(line, status, out, folder, resumed):
-    """What a command did not do that it is there for."""
+    """What a command should have done, but did not."""
     wanted = {f"status {int(line.startswith('diff '))}": status == int(line.startswith("diff "))}
     if line.startswith("diff "):  # it exits with 1 when there are differences, which is the point
         wanted["lines of DDP"] = re.search("^> .*DDP", out, re.M)
@@ -102,12 +102,12 @@ def complaints(line, status, out, folder, resumed):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run_as_written(tmp_path, page):
-    """One after another, in a copy of the files that they need, and each does what it is there for."""
+    """One after another, in a copy of the files that they need. Each must do what it is there for."""
     for name in ["common", "compare_steps.py", "launch_multinode.sh", *FOLDERS.values()]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").touch()  # as `make train` leaves one, which the commands name
+    (tmp_path / ".venv" / "bin" / "activate").touch()  # `make train` creates one, and the commands name it
     used = set()
     lines = [quicker(line) for line in commands(page) if line not in SKIPPED]
     for line in lines:
@@ -138,7 +138,7 @@ def test_ci_runs_the_make_commands():
     targets = {line.split()[1] for line in MAKE if line.startswith("make ")}
     print(targets)
     assert targets == {"train", "test", "test-all", "lint", "gpu"}
-    # test-all contains `make test`, and what of `make gpu` a machine without a GPU can run.
+    # test-all contains `make test`, and the part of `make gpu` that needs no GPU.
     assert all(f"make {target}" in ci for target in targets - {"test", "gpu"})
 
 
@@ -156,7 +156,7 @@ def test_a_page_is_as_make_docs_makes_it(page):
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_number_with_a_unit_has_a_record_or_a_reason(page):
-    if page.name != "mutants.md":  # which `make mutants` writes
+    if page.name != "mutants.md":  # `make mutants` writes it
         assert figures.loose_numbers(page, page.read_text()) == []
 
 
@@ -187,7 +187,7 @@ def test_a_steps_readme_shows_its_whole_diff(before, after):
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_pieces_make_the_one_script_of_the_other(before, after):
-    """What is merged is both scripts, but for their docstrings and for empty lines that came or went."""
+    """What is merged is both scripts, except docstrings, and empty lines that were added or removed."""
     merged = pieces.merged(before, after)
     for step, other, number in ((before, "+", "old"), (after, "-", "new")):
         text = pieces.script(step)
@@ -216,13 +216,13 @@ def test_a_page_that_asks_for_what_is_not_there_is_told(request_, says):
         pieces.block("02", "03", request_)
 
 
-# Lines that a step's script may have more, and less, than the one before it. The order is plain, then short:
+# How many lines a step's script may add to the one before it, and remove from it. Plain comes before short:
 # one statement on each line takes more lines than several on one.
 LIMITS = {"02": (91, 26), "03": (20, 30), "04": (48, 22), "05": (125, 55)}
 
 
 def test_scripts_and_differences_stay_small():
-    """The difference between two scripts is the lesson, and no more; the README gives the sizes."""
+    """The difference between two scripts is the lesson, and nothing more; the README gives the sizes."""
     sizes = tables.sizes()
     print(sizes)
     for step, limits in LIMITS.items():
@@ -266,7 +266,7 @@ def test_links_lead_to_what_they_name(page):
 
 
 def test_the_scripts_have_one_skeleton():
-    """Classes and functions that two neighbours share stand in the same order."""
+    """Classes and functions that two neighboring steps share are in the same order."""
     for before, after in PAIRS:
         names = [
             re.findall(r"^\s*(?:def|class) (\w+)", pieces.script(step), re.M) for step in (before, after)

@@ -68,7 +68,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """Opens the page, and at the end sees that it has said nothing on the console and asked nobody."""
+    """Opens the page; checks at the end that the console is empty, and that nothing else was loaded."""
     said, asked, opened, contexts = [], [], [], []
 
     def visit(to="", size="laptop", theme="light", url=URL, **more):
@@ -94,7 +94,7 @@ def visit(chromium):
 
 
 def here(page):
-    """Which stop is shown, and that it alone is."""
+    """The stop that is shown; checks that it is the only one."""
     shown = page.eval_on_selector_all(
         "article", "all => all.filter(each => each.checkVisibility()).map(each => each.id)"
     )
@@ -122,7 +122,7 @@ def press(page, *keys):
 
 
 def test_the_page_is_as_make_docs_makes_it():
-    """Red when a script or a README has changed since: `make docs`."""
+    """It fails if a script or a README has changed since the page was made: run `make docs`."""
     now, then = onepage.PAGE.read_text().splitlines(), onepage.make().splitlines()
     stale = [(i, *pair) for i, pair in enumerate(zip(now, then, strict=False)) if pair[0] != pair[1]]
     print(*[f"line {i}: {a[:200]}\n  make docs: {b[:200]}" for i, a, b in stale[:10]], sep="\n")
@@ -146,7 +146,7 @@ def test_made_twice_it_is_the_same_to_the_byte():
 
 
 class Links(HTMLParser):
-    """Collects ids, links, what is loaded, and what is in the headings."""
+    """Collects ids, links, and what is loaded."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ def test_one_small_file_whose_links_lead_somewhere():
 
 
 def test_all_changes_and_all_pictures_are_on_the_way():
-    """Each changed line of the scripts is in the lines of a stop; each picture is there, in two themes."""
+    """Each changed line of the scripts is in a stop; each picture is on the page, in two themes."""
     for before, after in itertools.pairwise(STEPS):
         old, new = (set().union(*(places(stop)[side] for stop in stops(after))) for side in (0, 1))
         changed = [line for lines in pieces(before, after).values() for line in lines]
@@ -206,7 +206,7 @@ def luminance(colour):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_each_colour_can_be_read_on_each_ground(theme):
-    """Of the scripts: every colour of the syntax on every ground that a line may have, at least 4.5 to 1."""
+    """In the scripts: every color of the syntax on every background that a line may have, at least 4.5:1."""
     style = (ROOT / "docs" / "generate" / "onepage.css").read_text()
     both = {
         name: colours[theme == "dark"]
@@ -257,7 +257,7 @@ def test_arrow_keys_go_from_piece_to_piece_and_from_step_to_step(visit):
 
 
 def swipe(page, x, y):
-    """One finger, from the middle of the screen, in five moves."""
+    """One finger, from the middle of the screen, in four moves."""
     session = page.context.new_cdp_session(page)
 
     def touch(kind, *points):
@@ -271,15 +271,15 @@ def swipe(page, x, y):
 
 
 def test_a_swipe_goes_to_the_next_piece(visit):
-    """Without `overscroll-behavior-x`, a swipe to the right leaves for the page that was open before."""
+    """Without `overscroll-behavior-x`, a swipe to the right goes back to the page that was open before."""
     first, second = "03-no-more-spawn", "03-no-more-spawn-end"
     page = visit(first, "phone", has_touch=True, is_mobile=True)
     for x, y, to in (
         (-150, 10, second),
         (150, 10, first),
-        (-20, -250, first),  # that one scrolls
-        (-100, -250, first),  # and so does that one
-        (-30, 0, first),  # and that one is a finger that shakes
+        (-20, -250, first),  # this one scrolls
+        (-100, -250, first),  # and so does this one
+        (-30, 0, first),  # and this one is a finger that shakes
         (150, 0, "03-run-it"),
     ):
         swipe(page, x, y)
@@ -288,7 +288,7 @@ def test_a_swipe_goes_to_the_next_piece(visit):
 
 
 def test_a_link_opens_its_piece_with_its_lines_lit(visit):
-    """Each stop: its heading, and of both scripts exactly the lines of its piece."""
+    """Each stop has its heading and, of both scripts, exactly the lines of its piece."""
     page = visit("workshop")
     seen = page.evaluate(
         """async names => {
@@ -322,7 +322,7 @@ def test_a_link_opens_its_piece_with_its_lines_lit(visit):
 
 @pytest.mark.parametrize("step", STEPS[1:])
 def test_two_scripts_stand_side_by_side(visit, step):
-    """Left the older script, right the newer one, a line that stays beside itself; changes have signs."""
+    """The older script is left, the newer one right; equal lines are side by side, changes have signs."""
     before = f"{int(step) - 1:02}"
     name = next(name for name, stop in ALL.items() if stop.step == step and stop.request)
     page = visit(name)
@@ -395,7 +395,7 @@ def test_whoever_has_no_mouse_gets_everywhere(visit):
     page.focus("[data-key=ArrowRight]")
     press(page, "Enter")
     assert here(page) == "03-no-more-spawn"
-    assert page.evaluate("document.activeElement.dataset.key") == "ArrowRight"  # and Enter goes on
+    assert page.evaluate("document.activeElement.dataset.key") == "ArrowRight"  # so Enter works again
     page.focus(".page.on .code")
     at = page.evaluate("document.querySelector('.page.on .code').scrollTop")
     press(page, "ArrowUp")
@@ -409,7 +409,7 @@ def test_help_lists_the_keys_and_letters_can_be_turned_off(visit):
     assert page.is_visible("#help")
     listed = page.inner_text("#help table")
     assert all(key in listed for key in onepage.KEYS)
-    press(page, "f")  # says nothing while the help is open
+    press(page, "f")  # does nothing while the help is open
     page.uncheck("#letters")
     press(page, "Escape")
     assert not page.is_visible("#help")
@@ -486,7 +486,7 @@ def test_axe_finds_nothing(visit, size, theme, tried):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("size", SIZES)
 def test_it_fits_its_screen(visit, tmp_path, size):
-    """Nothing hangs out at the side; on a wall, letters are large. Screenshots are in tmp_path."""
+    """Nothing sticks out at the sides; on a projector, letters are large. Screenshots are in tmp_path."""
     for theme, name in (("light", "03-torchrun-starts-the-processes"), ("dark", "05-saving")):
         page = visit(name, size, theme)
         if size == "projector":
@@ -547,7 +547,7 @@ DIAGRAMS = [
 
 
 def test_mermaid_draws_the_diagrams_of_the_pages(visit, tmp_path):
-    """As GitHub does: no diagram is an error."""
+    """As GitHub does, without an error in any diagram."""
     assert len(DIAGRAMS) >= 2
     file = tmp_path / "diagrams.html"
     file.write_text("<!doctype html><meta charset=utf-8><title>diagrams</title><link rel=icon href='data:,'>")
@@ -611,13 +611,13 @@ def test_diff_steps_answers_a_wrong_question_with_one_line(tmp_path, words, says
 def at_a_terminal(answers):
     """What diff_steps.py shows at a terminal to somebody who types these answers, and its status.
 
-    Who types Ctrl-C types it again while nothing happens: one that comes between `input`'s prompt and its
-    reading is noted, and not acted on before something else is typed.
+    Ctrl-C is typed again while nothing happens: if it comes between `input`'s prompt and its reading, Python
+    notes it, but does not act on it until something else is typed.
     """
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "xterm"
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # jobs in the background inherit another
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit another handler
         os.execv(DIFF[0], [*DIFF, "02", "03"])
     shown, answer, end = b"", b"", time.monotonic() + 60
     try:
@@ -628,12 +628,12 @@ def at_a_terminal(answers):
                 continue
             try:
                 part = os.read(terminal, 4096)
-            except OSError:  # how Linux says that nobody holds the other end any more
+            except OSError:  # on Linux: nobody holds the other end any more
                 break
             if not part:
                 break
             shown += part
-            if shown.endswith(b"the end "):
+            if shown.endswith(b"q: quit "):
                 if not answers:  # it should have ended: hang up
                     break
                 answer = answers.pop(0)

@@ -1,4 +1,4 @@
-"""What a user can get wrong, on every step: one line that says what to do, status 2, nothing left behind.
+"""What a user can get wrong, in every step: one line that says what to do, status 2, nothing left behind.
 
 Promise: in every step, a user's mistake gives one line that says what to do, and exit status 2. Under
 torchrun, this line is also the last one on the screen.
@@ -23,13 +23,13 @@ LONG = "long" * 1300  # no file system takes such a name
 DIGITS = "--num-samples=128"
 ANOTHER = "choose another --metrics or --profile"
 
-# One rank as torchrun would start it. Port 0: any free one, which is enough for a rank that is alone.
+# One rank as torchrun would start it. Port 0 is any free port, which is enough for a single rank.
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def in_session(pid):
-    """The processes of the session that `pid` has begun."""
+    """The processes of the session that `pid` leads."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -41,16 +41,16 @@ def in_session(pid):
 
 
 def run(step, flags, folder, **env):
-    """Run a step's script, with one rank; its status, stdout and stderr. It leaves no process behind.
+    """Run a step's script with one rank; return its status, stdout and stderr. It leaves no process behind.
 
-    As under torchrun, whose summary, the last thing on the screen, shows what it finds in a file.
+    It runs as under torchrun, which shows the rank's error file in its summary, the last thing on the screen.
     """
     world = {"02": {}, "01": {}}.get(step, {**ONE_RANK, "TORCHELASTIC_ERROR_FILE": str(folder / "summary")})
     extra = {name: value for name, value in {**world, **env}.items() if value is not None}
     words = [sys.executable, str(ROOT / FOLDERS[step] / "train.py")]
     process = start([*words, *(["--world-size=1"] if step == "02" else []), *flags], folder, **extra)
     status = process.process.wait(60)
-    wait_until(lambda: not in_session(process.pid), "the end of all that it started", 20)
+    wait_until(lambda: not in_session(process.pid), "the end of all processes that it started", 20)
     if step in UNDER_TORCHRUN and status:
         summary = json.loads((folder / "summary").read_text())["message"]
         assert [summary["message"]] == errors(process.err) and int(summary["extraInfo"]["timestamp"])
@@ -67,7 +67,7 @@ def check(result, said):
 
 
 WHOLE = "must be a whole number from 1 to 1000000000, not '"
-# flags: what the line says. A step's own flags begin with its number.
+# flags: what the error says. A flag that only some steps have begins with a step's number.
 FLAGS = {
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
     "--epoch=3": "unrecognized arguments: --epoch=3",  # no abbreviations: a typo is not another flag
@@ -145,7 +145,7 @@ FLAGS = {
 
 
 def case(step, flags):
-    """Each flag at one step; that the others have the same parser, a sample shows."""
+    """Each flag, in one step. A sample shows that the other steps have the same parser."""
     alone = step == ("03" if "--snapshot-dir" in flags else "01") or flags[:2] == step
     return pytest.param(step, flags, marks=[] if alone else [pytest.mark.slow, pytest.mark.sample(60)])
 
@@ -164,7 +164,7 @@ def test_bad_flags(tmp_path, step, flags):
 
 @pytest.mark.parametrize("flags", [[], ["--use-gpu=1"]], ids=["by default", "--use-gpu=1"])
 def test_step_05_does_not_take_cpus_for_gpus(tmp_path, flags):
-    check(run("05", [DIGITS, *flags], tmp_path), "there is none here: practise on CPUs with --use-gpu 0")
+    check(run("05", [DIGITS, *flags], tmp_path), "there are none here: practice on CPUs with --use-gpu 0")
 
 
 def sized(path, size, header=b""):
@@ -219,7 +219,7 @@ def plain_snapshot(path, **changed):
 
 
 @pytest.mark.parametrize("key", OTHER)
-@pytest.mark.parametrize("step", [step for step in ALL if step != "05"])  # step 05's: test_snapshot.py
+@pytest.mark.parametrize("step", [step for step in ALL if step != "05"])  # step 05: see test_snapshot.py
 def test_a_snapshot_of_another_run(tmp_path, step, key):
     value, said = OTHER[key]
     plain_snapshot(tmp_path / "snapshots" / "snapshot-00000001.pt", **{key: value})
@@ -260,12 +260,12 @@ def test_the_other_kind_of_snapshot(tmp_path, step):
 
 @pytest.mark.parametrize("step", ["01", "02"])
 def test_torchrun_is_not_for_steps_01_and_02(tmp_path, step):
-    """Each of its processes would train for itself, into the same folder."""
+    """Each of torchrun's processes would train on its own, and save to the same folder."""
     script = str(ROOT / FOLDERS[step] / "train.py")
     words = [*command("03", 2)[:-1], script, DIGITS, "--use-gpu=0"]
     status, out, err = finish(start(words, tmp_path))
     print(status, out, err)
-    said = f"error: this script is not for torchrun: python {script} {DIGITS} --use-gpu=0"
+    said = f"error: this script is not for torchrun; use: python {script} {DIGITS} --use-gpu=0"
     assert status == 1 and errors(err) == [said] and not (tmp_path / "checkpoints").exists()
 
 
@@ -276,7 +276,7 @@ def test_torchs_old_launcher_is_told_apart(tmp_path, step):
     script = str(ROOT / FOLDERS[step] / "train.py")
     status, _, err = finish(start([*words, script, DIGITS], tmp_path))
     print(status, err)
-    said = "error: torch.distributed.launch passes --local-rank, which is not taken here: use torchrun: "
+    said = "error: torch.distributed.launch passes --local-rank, which is not accepted here: use torchrun: "
     remedy = f"torchrun --standalone --nproc-per-node=2 {script} {DIGITS}"
     assert status == 1 and errors(err) == [said + remedy]
 
@@ -289,7 +289,7 @@ def test_an_error_is_told_where_torchruns_file_cannot_be_written(tmp_path):
 
 
 def test_half_an_error_is_not_left_for_torchrun(tmp_path, monkeypatch):
-    """It could not be read, and torchrun would show that instead; here, a limit stands for a full disk."""
+    """torchrun could not read it, and would show that error instead. Here, a limit acts as a full disk."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error"))
     _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))  # bytes
@@ -330,7 +330,7 @@ def test_a_compiler_may_have_any_name(tmp_path, monkeypatch, variable):
 
 
 def test_who_compiles_nothing_needs_no_compiler(tmp_path, monkeypatch):
-    """convert.py has the same parser, and no such flag."""
+    """convert.py has the same parser, but no --compile."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert vars(options.OneLineParser().parse_args([])) == {}
 
@@ -339,7 +339,8 @@ def test_who_compiles_nothing_needs_no_compiler(tmp_path, monkeypatch):
 def test_no_compiler(tmp_path, step):
     (tmp_path / "bin").mkdir()
     check(
-        run(step, [DIGITS, "--compile"], tmp_path, PATH=str(tmp_path / "bin")), "--compile needs a compiler"
+        run(step, [DIGITS, "--compile"], tmp_path, PATH=str(tmp_path / "bin")),
+        "--compile needs a C++ compiler",
     )
 
 
@@ -371,10 +372,11 @@ def test_a_port_in_use(tmp_path, step):
         port = str(server.getsockname()[1])
         result = run(step, ["--use-gpu=0", DIGITS], tmp_path, MASTER_PORT=port)
     check(result, f"port: {port}")
-    assert "address already in use" in result[2] and "is the port free, is every rank started?" in result[2]
+    assert "address already in use" in result[2]
+    assert "is the port free, and has every rank started?" in result[2]
 
 
 @pytest.mark.parametrize("step", [step for step in UNDER_TORCHRUN if step != "03"])
 def test_a_rank_that_is_not_started(tmp_path, step):
     result = run(step, ["--use-gpu=0", DIGITS, "--timeout=5"], tmp_path, WORLD_SIZE="2")
-    check(result, "the ranks do not meet: ")
+    check(result, "the ranks did not find each other: ")

@@ -11,7 +11,7 @@ import pytest
 from helpers import FOLDERS, ROOT, SHARDED, command, finish, planted, start
 
 PARAMETERS = 12_682_762  # of the model below
-BYTES = 12  # of a parameter and AdamW's two moments, in float32
+BYTES = 12  # a parameter and AdamW's two moments, in float32
 
 # Writes down what Linux counts for this process: bytes read and written, and the peak of its memory.
 COUNTS = """
@@ -59,7 +59,7 @@ FLAGS = ["--model=vit", "--vit-width=512", "--vit-depth=6", "--num-samples=24", 
 
 
 def on_paper(parameters, ranks):
-    """Bytes of each rank, but for a few that do not depend on the model: written, read, and held besides."""
+    """Bytes that each rank writes, reads and also holds, without a few that do not depend on the model."""
     shard = BYTES * parameters / ranks
     return {
         "saves": (
@@ -68,18 +68,18 @@ def on_paper(parameters, ranks):
             shard,
         ),  # a copy is written while training continues, and read for its checksum
         "checks": (0, shard, 0),  # in chunks
-        "loads": (0, shard, 0),  # into the shards, which are there
+        "loads": (0, shard, 0),  # into the shards, which exist already
     }
 
 
-# Two chunks of 16 MB, and what Python, torch and the allocator make of it.
+# Two chunks of 16 MB, and what Python, torch and the allocator add to them.
 SLACK = 45e6
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_bytes_of_a_snapshot_are_those_on_paper(tmp_path, ranks):
-    """12.7 million parameters; a rank that read or wrote what another can would have twice the bytes."""
+    """12.7 million parameters. A rank that did another rank's work, too, would have twice the bytes."""
     root = planted(tmp_path / "root", SHARDED, *SAVES)
     for epochs in (1, 2):
         flags = [*FLAGS, f"--epochs={epochs}", "--use-gpu=0", "--snapshot-dir=s"]

@@ -1,6 +1,7 @@
-"""Flags that are given together, and the moments at which a run is stopped: it ends as one left alone.
+"""Flags given together, and the moments at which a run is stopped: it ends like an uninterrupted run.
 
-At 3 and 4 ranks: two numbers have one sum, of three the order counts. In float32, where that is seen soonest.
+With 3 and 4 ranks: two numbers have only one sum, but with three, the order matters. In float32, where this
+shows soonest.
 
 Promise: the same after a signal during an evaluation or in the last step of an epoch, and with
 `--accumulate`, `--replicas`, `--cpu-offload`, `--meta-init`, `--compile` and `--num-workers`.
@@ -45,10 +46,10 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").exists(), reason="finds ranks in /proc: Linux only"
 )
 
-# 10 steps of 12 images an epoch, and a tail; 20 test images. The snapshots of 10, 14 and 20 stay.
+# An epoch has 10 steps of 12 images, and a remainder; 20 test images. Snapshots of steps 10, 14 and 20 stay.
 EPOCH = 10
 SAME = [f"--num-samples={GLOBAL_BATCH * EPOCH + 3}", "--epochs=2", "--save-every=7"]
-# A vote begins at most so many steps behind the one before, and is read in the next: see common/stopping.py.
+# Within this number of steps, a vote begins and is read: see common/stopping.py.
 SOON = STEPS_BETWEEN_VOTES + 1
 
 
@@ -57,19 +58,19 @@ def flags_for(ranks):
 
 
 def slow_but(quick, *cases):
-    """The cases; those that are not among the `quick` ones are marked slow, and two of them are drawn."""
+    """The cases. Those that are not in `quick` are marked slow, and two of these are drawn."""
     slow = [pytest.mark.slow, pytest.mark.sample(2)]
     return [pytest.param(*case, marks=[] if case in quick else slow) for case in cases]
 
 
 def different(state, expected, *but):
-    """What two snapshots do not have in common, bit for bit, except what is in `but`."""
+    """The keys in which two snapshots differ, bit for bit, without those in `but`."""
     assert state.keys() == expected.keys()
     return [key for key in expected if key not in but and not states_equal(state[key], expected[key])]
 
 
 def leave_out(folder, newer_than, sharded=False):
-    """Delete the snapshots in `folder` behind a step, as if the run had been killed soon after it."""
+    """Delete the snapshots in `folder` after a step, as if the run had been killed soon after that step."""
     for path in snapshot.snapshots(folder, sharded):
         if snapshot.step_of(path) > newer_than:
             shutil.rmtree(path) if sharded else path.unlink()
@@ -77,9 +78,9 @@ def leave_out(folder, newer_than, sharded=False):
 
 
 def until_told(when, whom="True"):
-    """Python for a train.py: at `when`, say so; the ranks for which `whom` is true wait for a signal.
+    """Code for a train.py: if `when` is true, print a line; ranks with a true `whom` wait for a signal.
 
-    For a minute: then the run goes on to its end, and the test fails.
+    They wait for at most a minute: then the run continues to its end, and the test fails.
     """
     wait = f"{when} and {whom} and not GracefulStop.received"
     return (
@@ -89,13 +90,13 @@ def until_told(when, whom="True"):
 
 
 def check_left(process, step, number):
-    """Wait for the end of a run that was told to stop: it has saved, and says when and with what status."""
+    """Wait for the end of a run that was told to stop; check its status, and return the saved step."""
     status, out, err = finish(process)
     said = re.search(rf"{number.name}: saved at step (\d+); run the same command again to resume", out)
     print(f"step {step}: status {status}, {said and said[0]}")
     assert said, process.story
     assert status == (128 + number if step < "03" else 1), process.story
-    # torchrun ends with a SignalException of its own. Nobody has lost anybody, nor a worker of his.
+    # torchrun ends with its own SignalException. No rank has lost another rank, or one of its workers.
     assert "RuntimeError" not in err and "Seen by" not in err and "DataLoader worker" not in err, err
     if step < "03":
         assert "Traceback" not in err, err
@@ -124,7 +125,7 @@ DURING += [(step, 4, "rank 1") for step in ("02", "04", SHARDED)]
     ),
 )
 def test_a_signal_during_an_evaluation(once, tmp_path, step, ranks, whom):
-    """The epoch was saved before it. All leave between two batches, and evaluate when they resume."""
+    """The epoch was saved before it. All ranks exit between two batches, and evaluate when they resume."""
     evaluates = "        self.model.eval()\n"
     one = "self.rank == 1" if whom == "rank 1" else "True"
     code = until_told("self.epoch == 1", one)
@@ -161,8 +162,8 @@ def test_a_signal_during_an_evaluation(once, tmp_path, step, ranks, whom):
     ),
 )
 def test_a_signal_in_the_last_step_of_an_epoch(once, tmp_path, step, ranks, extra):
-    """No step of the epoch is left: the resumed run evaluates, and saves the same step once more."""
-    at = EPOCH if ranks == 1 else EPOCH - 1  # ranks leave a step behind the one in which they vote
+    """No step of the epoch is left: the resumed run evaluates, and saves the same step again."""
+    at = EPOCH if ranks == 1 else EPOCH - 1  # ranks exit one step after the one in which they vote
     stops = after_a_step(f"if self.global_step == {at}: os.kill(os.getpid(), signal.SIGTERM)")
     root = planted(tmp_path / "root", step, stops)
     planted(root, "common/stopping.py", ("int(SECONDS_BETWEEN_VOTES * ", "int(0 * "))  # a vote in each step
@@ -179,7 +180,7 @@ def test_a_signal_in_the_last_step_of_an_epoch(once, tmp_path, step, ranks, extr
     run = train(step, ranks, tmp_path, *flags, extra)
     assert len(run.losses) == EPOCH and [e["epoch"] for e in run.events if e["event"] == "eval"] == [0, 1]
     assert different(run.state, once(step, ranks, *flags).state) == []
-    if step == SHARDED:  # to delete a whole one and put another there would leave none for a moment
+    if step == SHARDED:  # replacing a good one would leave none for a moment
         assert before == [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
         assert files == [path, *sorted(path.iterdir())]
     assert left_over(folder) == []
@@ -187,7 +188,7 @@ def test_a_signal_in_the_last_step_of_an_epoch(once, tmp_path, step, ranks, extr
 
 # --- Flags together, resumed
 
-# Ranks and flags. An epoch is 5 steps of 36 images; with --save-every=3 those of 6, 9 and 10 stay.
+# Steps, ranks and flags. An epoch is 5 steps of 36 images; with --save-every=3, snapshots 6, 9 and 10 stay.
 TOGETHER = [
     ("04", 3, "--accumulate=3 --clip-norm=0.5"),
     ("04", 4, "--accumulate=3 --clip-norm=0.5 --precision=bf16"),
@@ -213,13 +214,13 @@ def test_flags_together_resumed_in_the_middle_of_an_epoch(tmp_path, step, ranks,
     shutil.copytree(whole.snapshot_dir, tmp_path / "snapshots")
     leave_out(tmp_path / "snapshots", 6, step == SHARDED)
     run = train(step, ranks, tmp_path, *words)
-    print(f"{run.name}, {flags}: {run.losses.tolist()} behind step 6, left alone {whole.losses.tolist()}")
+    print(f"{run.name}, {flags}: {run.losses.tolist()} after step 6, uninterrupted {whole.losses.tolist()}")
     assert len(whole.losses) == 10 and len(run.losses) == 4
     assert different(run.state, whole.state) == []
     assert run.test == whole.test
 
 
-# Where a model has a table that no snapshot has: of random numbers, so that none comes by itself.
+# Gives a model a table that no snapshot has, of random numbers, so that nothing restores it by accident.
 TABLE = [
     ("nn.Flatten(),", "nn.Sequential(nn.Flatten(), Table()),"),
     (
@@ -244,7 +245,7 @@ def cnn(""",
     ("ranks", "flags"), slow_but([(3, "")], (3, ""), (3, "--cpu-offload"), (4, "--replicas=2"))
 )
 def test_from_the_meta_device_with_buffers_that_are_in_no_snapshot(tmp_path, ranks, flags):
-    """In 5 steps, and resumed behind the third."""
+    """In 5 steps, and resumed after the third."""
     root = planted(tmp_path / "root", "common/models.py", *TABLE, steps=(SHARDED,))
     words = [*flags.split(), "--num-samples=63", "--epochs=1", f"--batch-size={GLOBAL_BATCH // ranks}"]
     words += ["--save-every=3"]
@@ -253,7 +254,7 @@ def test_from_the_meta_device_with_buffers_that_are_in_no_snapshot(tmp_path, ran
     assert not any("table" in name for name in run.weights)
     assert torch.equal(run.losses, usual.losses)
     assert different(run.state, usual.state) == []
-    leave_out(run.snapshot_dir, 3, sharded=True)  # and the table is made anew
+    leave_out(run.snapshot_dir, 3, sharded=True)  # so the table is created again
     (tmp_path / "meta" / "metrics.jsonl").unlink()
     again = train(SHARDED, ranks, tmp_path / "meta", *words, "--meta-init", root=root)
     assert len(again.losses) == 2 and different(again.state, usual.state) == []
@@ -273,7 +274,7 @@ WORKERS += [("02", 4, signal.SIGTERM), ("04", 4, signal.SIGINT)]
     ids=str,
 )
 def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, number):
-    """Ctrl-C to the process group, SIGTERM to every process, as Slurm may do: the workers get it too."""
+    """Ctrl-C goes to the process group, SIGTERM to every process, as Slurm may do: workers get it, too."""
     root = planted(tmp_path / "root", step, after_a_step(until_told("self.global_step == 13")))
     traced(root)
     flags = [*flags_for(ranks), "--num-workers=2"]
@@ -283,7 +284,7 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
     try:
         process.wait_for("waiting\n")
         everybody = [process.pid, *children(process.pid)]
-        # The ranks of torchrun have groups of their own, and from a terminal only torchrun gets a Ctrl-C.
+        # torchrun's ranks have their own groups: from a terminal, only torchrun gets a Ctrl-C.
         groups = {os.getpgid(pid) for pid in everybody}
         assert len(groups) == (1 if step < "03" else 1 + ranks)
         if number == signal.SIGINT:
@@ -300,13 +301,13 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
 
     lines = {int(file.name[6:]): file.read_text().splitlines() for file in tmp_path.glob("drawn-*")}
     assert all(map(has_ended, lines))  # those of the evaluation as well
-    # drew, the size of the data set, the images of the batch
+    # A line: drew, the size of the data set, the images of the batch.
     trains = f"drew {GLOBAL_BATCH * EPOCH + 3} "
     batches = {pid: [line for line in text if line.startswith(trains)] for pid, text in lines.items()}
     size = GLOBAL_BATCH // ranks
     workers = {pid: texts for pid, texts in batches.items() if any(len(t.split()) == 2 + size for t in texts)}
     print(f"{len(workers)} workers drew {[len(texts) for texts in workers.values()]} batches")
-    # The same two of each rank in both epochs: in the first each draws 5.
+    # Each rank has the same two workers in both epochs. In the first epoch, each worker draws 5 batches.
     assert len(workers) == 2 * ranks and min(map(len, workers.values())) > EPOCH // 2
     assert set(workers) <= set(everybody) - {process.pid}
 
@@ -321,15 +322,15 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
     [pytest.param(step, marks=pytest.mark.slow) if step > "01" else step for step in FOLDERS],
 )
 def test_an_error_ends_a_run_with_workers(tmp_path, step):
-    """Python ends its children with SIGTERM, which workers ignore, and would wait for them forever."""
+    """Python ends its children with SIGTERM. Workers ignore it, and Python would wait for them forever."""
     last = "if self.report.rank == self.report.world_size - 1:"
     raises = "os.write(1, b'raises now'); raise ZeroDivisionError('planted')"
     root = planted(tmp_path / "root", step, after_a_step(f"{last} {raises}"))
     ranks = 1 if step == "01" else 3
     flags = [*flags_for(ranks), "--num-workers=2", "--use-gpu=0", "--snapshot-dir=snapshots"]
-    # A real one: a fork lets go of its last error.
+    # A real process: a fork does not keep its last error.
     process = start([*command(step, ranks, root), *flags], tmp_path, real=True)
-    # Step 02 is ten Pythons, ranks and their workers, and each of them imports torch.
+    # Step 02 has ten processes, with the ranks and their workers, and each of them imports torch.
     process.wait_for("samples a step")
     process.wait_for("raises now")
     status, _, err = finish(process)
@@ -338,7 +339,7 @@ def test_an_error_ends_a_run_with_workers(tmp_path, step):
 
 
 def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_way(tmp_path):
-    """From Python 3.14 on, a server starts them by default. It ends with SIGTERM, and so would they."""
+    """From Python 3.14 on, a server starts workers by default. SIGTERM ends it, and would end them, too."""
     head = "import sys\n"
     default = "import multiprocessing\nmultiprocessing.set_start_method('forkserver')\n"
     root = planted(tmp_path / "root", "01", (head, f"{default}{head}"))
@@ -355,7 +356,7 @@ def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_
     assert "DataLoader worker" not in err
 
 
-# --- Nodes with a folder each
+# --- Nodes that each have their own folder
 
 SENDS = "    state = None  # free its memory before another one is loaded\n"
 TELLS = "    os.write(1, f'from rank {versions.index(newest)}\\n'.encode())\n"  # in one piece
@@ -364,7 +365,7 @@ EACH = [(SEED, f"    args.snapshot_dir /= str(dist.get_rank())  # a disk of its 
 
 
 def test_nodes_save_the_same_averages_of_batch_norm(tmp_path):
-    """Each rank has its own. If nodes saved their own, a checksum would decide which a resume has."""
+    """Each rank has its own. If each node saved its own, a checksum would decide which ones a resume gets."""
     root = planted(tmp_path / "root", "04", *EACH)
     planted(root, "common/models.py", NORMED)
     flags = [*flags_for(3), "--save-every=3"]
@@ -375,9 +376,9 @@ def test_nodes_save_the_same_averages_of_batch_norm(tmp_path):
 
 
 def test_a_node_whose_disk_is_full_keeps_nobody_waiting(tmp_path):
-    """The sender cannot know: what it still sends has to be received."""
+    """The sender does not know about the disk: what it still sends must be received."""
     root = planted(tmp_path / "root", "04", *EACH)
-    planted(root, "common/snapshot.py", ("CHUNK = 1 << 24", "CHUNK = 1 << 16"))  # it comes in many pieces
+    planted(root, "common/snapshot.py", ("CHUNK = 1 << 24", "CHUNK = 1 << 16"))  # it is sent in many pieces
     flags = [*flags_for(3), "--snapshot-dir=s", "--use-gpu=0"]
     status, _, err = finish(start([*command("04", 3, root), *flags, "--epochs=1"], tmp_path))
     assert status == 0, err
@@ -385,7 +386,7 @@ def test_a_node_whose_disk_is_full_keeps_nobody_waiting(tmp_path):
     writes = "            for chunk in chunks:\n"
     fails = f"{writes}                raise OSError(28, 'planted')\n"
     planted(root, "common/nodes.py", (writes, fails))
-    # Or the sender would wait for rank 1 until the time-out, longer than this test.
+    # Otherwise, the sender would wait for rank 1 until the time-out, longer than this test.
     status, _, err = finish(start([*command("04", 3, root), *flags, "--timeout=100"], tmp_path), 90)
     print(err[-2000:])
     assert status == 1 and len(errors(err)) == 1
@@ -395,10 +396,10 @@ def test_a_node_whose_disk_is_full_keeps_nobody_waiting(tmp_path):
 
 
 def test_step_04_sends_a_snapshot_only_to_those_that_lack_it(once, tmp_path):
-    """To ranks with a folder each, as nodes have them."""
+    """To ranks that each have their own folder, as nodes do."""
     root = planted(tmp_path / "root", "04", *EACH)
     planted(root, "common/nodes.py", (SENDS, TELLS + SENDS))
-    planted(root, "common/snapshot.py", ("CHUNK = 1 << 24", "CHUNK = 1 << 12"))  # it comes in many pieces
+    planted(root, "common/snapshot.py", ("CHUNK = 1 << 24", "CHUNK = 1 << 12"))  # it is sent in many pieces
     flags = flags_for(3)
     expected = once("04", 3, *flags).state
 
@@ -447,7 +448,7 @@ def test_step_04_sends_a_snapshot_only_to_those_that_lack_it(once, tmp_path):
 
 TRAINS = [(step, "--precision=bf16") for step in ("01", "03", "04")]
 TRAINS += [(step, "--compile") for step in ("01", "02", "03", "04")]
-# FSDP's hooks cut what is compiled at each unit: of the cnn, whose units are single layers, nothing is left.
+# FSDP's hooks split compiled code at each unit. The cnn's units are single layers, so nothing is left of it.
 TRAINS += [(SHARDED, "--compile --model=vit --vit-depth=1 --lr=0.003 --epochs=3")]
 FASTER = ("--compile", "--precision=bf16")
 
@@ -455,7 +456,7 @@ FASTER = ("--compile", "--precision=bf16")
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(("step", "flags"), slow_but(TRAINS[:2], *TRAINS))
 def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, flags):
-    """Those that are not in test_options.py."""
+    """The steps that are not in test_options.py."""
     ranks = 1 if step == "01" else 3
     same = ["--num-samples=513", "--epochs=2", f"--batch-size={48 // ranks}", *flags.split()]
     run = train(step, ranks, tmp_path, *same, timeout=400)  # a compiler takes minutes on a busy machine
@@ -464,7 +465,7 @@ def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, fla
     off = (run.losses - usual.losses).abs().max().item()
     print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; up to {off:.1e} off the usual run's")
     assert last < first - 0.3
-    # The flag has done something. Three ranks may add in another order: that changes the last of float32's
+    # The flag has had an effect. Three ranks may add in another order: that changes the last of float32's
     # 24 bits, about 1e-7. bf16 has 8 bits.
     assert off > (1e-4 if "bf16" in flags else 0)
     kinds = [{name: tensor.dtype for name, tensor in one.weights.items()} for one in (run, usual)]
@@ -486,7 +487,7 @@ def test_compiled_it_is_resumed_bit_identical(tmp_path, step, flags):
     shutil.copytree(whole.snapshot_dir, tmp_path / "snapshots")
     leave_out(tmp_path / "snapshots", 14, step == SHARDED)
     run = train(step, ranks, tmp_path, *words, timeout=400)
-    print(f"{run.name}, resumed behind step 14 of 20: losses {run.losses.tolist()}")
-    print(f"left alone {whole.losses[14:].tolist()}")
+    print(f"{run.name}, resumed after step 14 of 20: losses {run.losses.tolist()}")
+    print(f"uninterrupted {whole.losses[14:].tolist()}")
     assert len(run.losses) == 6
     assert different(run.state, whole.state) == []

@@ -1,4 +1,4 @@
-"""The main job: its table, its files, and that it says so when steps disagree."""
+"""compare_steps.py: its table, its files, and what it says when steps disagree."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def test_it_compares_all_steps_at_all_ranks(tmp_path):
         tmp_path, "--ranks=2,3", "--precision=float64", "--epochs=1", "--num-samples=151"
     )
     assert status == 0
-    assert "The steps agree (weights and losses within 1e-10, the same answers right)" in out
+    assert "The steps agree (weights and losses within 1e-10, the same number of correct answers)" in out
     result = json.loads((tmp_path / "comparison.json").read_text())
     runs = [(run["step"][:2], run["ranks"]) for run in result["runs"]]
     assert runs == [("01", 1), *((step, ranks) for step in FOLDERS if step != "01" for ranks in (2, 3))]
@@ -47,7 +47,7 @@ def test_a_step_that_trains_wrong_makes_it_exit_1(tmp_path, precision):
 
 
 def test_weights_that_come_from_gpus_are_compared_on_the_cpu(tmp_path):
-    """Files that say that their tensors were on the second GPU; steps 01 to 04 write such files there."""
+    """The files say that their tensors were on the second GPU, as steps 01 to 04 save them on GPUs."""
     saves = "            torch.save(state, checked)  #"
     gpu = "            torch.serialization.register_package(0, lambda s: 'cuda:1', lambda s, place: None)\n"
     planted(tmp_path, "common/snapshot.py", (saves, gpu + saves), steps=tuple(FOLDERS))
@@ -59,7 +59,7 @@ def test_weights_that_come_from_gpus_are_compared_on_the_cpu(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--ranks=5"], "--batch-size 12 cannot be dealt to 5 ranks: make it a multiple"),
+        (["--ranks=5"], "--batch-size 12 cannot be divided among 5 ranks: make it a multiple"),
         (["--ranks=0"], "must be a whole number"),
         (["--steps=01,09"], "there is no step 09, only 01"),
         (["--epochs=0"], "--epochs: must be a whole number"),

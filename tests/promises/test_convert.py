@@ -1,4 +1,4 @@
-"""A snapshot that is converted goes on as if it had not been, also with an optimizer of the reader's own.
+"""A run continues from a converted snapshot as from the original, even with your own optimizer.
 
 Promise: a run can be converted between step 05 and the other steps, in both directions, with any parameter
 groups.
@@ -15,7 +15,7 @@ import sharded
 from common import snapshot
 
 OPTIMIZER = 'torch.optim.AdamW(model.named_parameters(), lr=args.lr, fused=device.type != "cpu")'
-# Weight decay for matrices alone, as in most recipes, and in an order that is not the model's.
+# Weight decay only for matrices, as in most recipes, and parameters in another order than the model's.
 GROUPS = """torch.optim.AdamW(
         [
             {"params": [(n, p) for n, p in model.named_parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -53,7 +53,7 @@ def test_with_two_groups_of_parameters_training_goes_on_as_it_would_have(root, t
     assert f"resumed from snapshots: epoch 1, step {snapshot.step_of(path)}\n" in run.out
     difference = largest_difference(run.weights, whole.weights)
     print(f"the weights differ by {difference:.2g}")
-    assert difference < 1e-12  # DDP and FSDP add up gradients in another order
+    assert difference < 1e-12  # DDP and FSDP add gradients in different orders
 
 
 def test_an_optimizer_without_names_is_not_guessed_at(tmp_path):
@@ -101,5 +101,5 @@ def test_a_tensor_in_no_dictionary_is_refused(tmp_path):
     dcp.save({"model": {"w": torch.ones(3)}, "scale": torch.ones(1)}, storage_writer=writer, no_dist=True)
     sharded.commit(tmp_path, writer.layout(), writer.checksums, {**REST, "param_groups": [GROUP]})
     state, _ = sharded.read(tmp_path / "snapshot-00000007")
-    with pytest.raises(ValueError, match="scale is a tensor, and no dictionary of tensors"):
+    with pytest.raises(ValueError, match="scale is a tensor, not a dictionary of tensors"):
         convert.gather(state)

@@ -26,7 +26,7 @@ def test_the_cores_are_those_that_the_process_may_use(tmp_path):
         ("0::/\n", {}, math.inf),
         ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
         ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
-        # Slurm and systemd: a group in a group, each with a limit of its own
+        # Slurm and systemd: a group in a group, each with its own limit
         ("0::/jobs/7/step\n", {"jobs/7/cpu.max": "400000 100000\n", "cpu.max": "max 100000\n"}, 4),
         ("0::/jobs/7\n", {"jobs/7/cpu.max": "max 100000\n", "jobs/cpu.max": "200000 50000"}, 4),
         ("0::/jobs:7\n", {"jobs:7/cpu.max": "100000 100000\n"}, 1),
@@ -56,7 +56,7 @@ def test_the_cores_are_those_that_the_process_may_use(tmp_path):
     ],
 )
 def test_the_limits_of_linux_control_groups_count(tmp_path, groups, files, cores):
-    """As files: making such groups needs root, and a kernel that has the version."""
+    """The groups are only files here: real ones need root, and a kernel that supports their version."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
     for name, text in files.items():

@@ -1,4 +1,4 @@
-"""The data set: read right, downloaded once, and honest about what it is when there is no network.
+"""The data set: read correctly, downloaded once, and honest about what it is when there is no network.
 
 Promise: processes that start together download MNIST only once.
 """
@@ -29,7 +29,7 @@ from common.synthetic import synthetic_digits
 
 @pytest.fixture(scope="session")
 def files():
-    """The four files of MNIST, byte for byte in its format and of its size, with synthetic digits in them."""
+    """MNIST's four files, in exactly its format and sizes, but with synthetic digits in them."""
     made = {}
     for prefix, count in (("train", 60_000), ("t10k", 10_000)):
         images, labels = synthetic_digits(200, seed=count)
@@ -42,7 +42,7 @@ def files():
 
 @pytest.fixture
 def data_dir(files, tmp_path):
-    """A folder with those files in it."""
+    """A folder with these files in it."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, content in files.items():
@@ -57,9 +57,9 @@ def packed(files):
 
 @pytest.fixture
 def mirror(packed):
-    """An HTTP server with the packed files; `server.asked` counts the GET requests, `server.down` refuses.
+    """An HTTP server with the packed files; `server.asked` counts the GET requests.
 
-    It answers when `server.go` is set.
+    It answers once `server.go` is set. With `server.down`, it refuses all requests.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -95,7 +95,7 @@ def mirror(packed):
     server.server_close()
 
 
-# What a process does that starts on an empty data folder: torchvision's mirrors are the local server.
+# A process that starts with an empty data folder. The local server stands in for torchvision's mirrors.
 PROCESS = """
 import json, socket, sys
 from pathlib import Path
@@ -124,9 +124,9 @@ print(train.name, len(train), len(test), int(train.labels.sum()), train.fallback
 
 
 def at_once(count, folder, mirror, packed, until="asking"):
-    """Start `count` processes together on `folder`; status, output and stderr of each.
+    """Start `count` processes together on `folder`; return the status, output and stderr of each.
 
-    They go on together when all have said `until`: "asking" stands for "in front of the lock".
+    They continue together once all have printed `until`: "asking" means "about to take the lock".
     """
     url = f"http://127.0.0.1:{mirror.server_address[1]}/"
     md5 = json.dumps({name: hashlib.md5(content).hexdigest() for name, content in packed.items()})
@@ -137,7 +137,7 @@ def at_once(count, folder, mirror, packed, until="asking"):
     processes = [start(words, here) for _ in range(count)]
     for process in processes:
         process.wait_for(f"{until}\n")
-    mirror.go.set()  # the first to ask was kept waiting until the others wait for it
+    mirror.go.set()  # until now, the first one to ask had to wait, so that the others wait for it
     results = [finish(process) for process in processes]
     for status, out, err in results:
         print(status, out, err[-300:])
@@ -165,13 +165,13 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
     assert len({(status, out) for status, out, _ in results}) == 1
     assert "synthetic-600|600|100|" in results[0][1]
     print(dict(mirror.asked))
-    assert sum(mirror.asked.values()) == 1  # one of them asked, and the others went by its answer
+    assert sum(mirror.asked.values()) == 1  # one of them asked, and the others used its answer
     for _, out, err in results:
         assert out.endswith("|None\n")
         warning = err.splitlines()[-1]
         assert warning.startswith("warning: MNIST could not be downloaded (HTTP Error 503")
-        assert "HTTP Error 503" in out  # and the data set carries it, for the last line of the run
-    # When the mirror is back, the next start does not go by the old failure, nor by what a kill has left.
+        assert "HTTP Error 503" in out  # the data set keeps it, for the last line of the run
+    # When the mirror is back, the next start ignores the old failure, and what a killed process has left.
     mirror.down = False
     half = tmp_path / "data" / ".mnist-partial" / "MNIST" / "raw"
     half.mkdir(parents=True, exist_ok=True)
@@ -179,13 +179,13 @@ def test_a_failed_download_reaches_every_process_alike(tmp_path, mirror, packed)
         (half / name).write_bytes(b"half")
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    (raw / "train-labels-idx1-ubyte").write_bytes(b"old")  # of four files, one: all are fetched
+    (raw / "train-labels-idx1-ubyte").write_bytes(b"old")  # only one of four files: all are fetched
     [(status, out, _)] = at_once(1, tmp_path / "data", mirror, packed)
     assert status == 0 and "mnist|60000" in out
 
 
 def test_archives_that_are_there_are_used_without_a_network(tmp_path, mirror, packed):
-    """Downloaded by hand, or by torchvision; one that is damaged is fetched again."""
+    """They were downloaded by hand, or by torchvision. A damaged one is fetched again."""
     raw = tmp_path / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, content in packed.items():
@@ -207,7 +207,7 @@ def test_a_mirror_that_says_nothing_is_left(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])
-        # Without a time-out, whoever waits is ended by this.
+        # If there is no time-out, this ends the wait.
         end = threading.Timer(20, silent.shutdown, [socket.SHUT_RDWR])
         end.start()
         try:
@@ -223,7 +223,7 @@ def in_a_hurry(set_timeout, seconds):
 
 def test_an_unusable_folder_gives_every_process_the_same_line(tmp_path, mirror, packed):
     (tmp_path / "data").write_text("a file")
-    results = at_once(3, tmp_path / "data", mirror, packed, until="begun")  # they never come to the lock
+    results = at_once(3, tmp_path / "data", mirror, packed, until="begun")  # they never reach the lock
     lines = {err for _, _, err in results}
     assert [status for status, _, _ in results] == [2, 2, 2]
     assert len(lines) == 1 and lines.pop().startswith("error: cannot download MNIST to ")
@@ -314,18 +314,18 @@ def test_synthetic_sizes():
     train, test = mnist.load_mnist(Path("unused"), num_samples=1291)
     assert (len(train), len(test), train.name) == (1291, 215, "synthetic-1291")
     assert not torch.equal(train.images[:215], test.images)
-    # Of name, images and labels, the same on every machine.
+    # Checksums of name, images and labels are the same on every machine.
     assert (train.checksum(), test.checksum()) == ("synthetic-1291 e5d5c6d7", "synthetic-1291 b827e130")
     changed = mnist.Digits(train.images, train.labels.roll(1), train.name)
     assert changed.checksum() != train.checksum()
     assert len(mnist.load_mnist(Path("unused"), num_samples=1)[1]) == 1
     assert mnist.FALLBACK_SAMPLES == len(
         range(8, mnist.FILES["train-labels-idx1-ubyte"])
-    )  # as many as MNIST has
+    )  # the number of MNIST's images
 
 
 def test_workers_stay_for_the_next_epoch():
-    """Even a single one; without any there is nothing that could stay, and torch would refuse it."""
+    """Even a single worker. Without workers, nothing could stay, and torch would refuse the option."""
     device = torch.device("cpu")
     options = [loader_options(number, device) for number in (0, 1, 2)]
     assert [option["persistent_workers"] for option in options] == [False, True, True]
@@ -333,6 +333,6 @@ def test_workers_stay_for_the_next_epoch():
 
 
 def test_files_that_are_there_ask_for_no_lock(data_dir):
-    """Which could not be made on a disk that is only for reading."""
+    """A lock could not be created on a read-only disk."""
     (data_dir / ".mnist-download-lock").mkdir()
     assert mnist.load_mnist(data_dir)[0].name == "mnist"

@@ -1,4 +1,4 @@
-"""What the scripts would ask of a GPU, seen on a machine that has none; test_gpu.py is for one that has.
+"""What the scripts would ask of a GPU, on a machine without one; test_gpu.py is for machines with GPUs.
 
 Promise: if there are GPUs, each rank of steps 02 to 05 selects its own GPU before it joins the others.
 Batches are copied without waiting, sums stay on the device, and with `bf16`, layers compute in bfloat16.
@@ -18,7 +18,7 @@ GPU = ('return torch.device("cpu")', 'return torch.device("cuda", local_rank)')
 CHOOSES = "torch.accelerator.set_device_index(device)"
 
 # Writes down which of torch's functions a train.py calls, how batches are copied, and in which type layers
-# compute. It replaces none.
+# compute. It does not replace any function.
 ASKED = """
 class Asked(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), keywords=None):
@@ -38,20 +38,20 @@ class Asked(torch.overrides.TorchFunctionMode):
 class Reporter:
 """
 KEPT = [("bfloat16", "conv2d"), ("bfloat16", "linear"), ("float32", "cross_entropy")]
-KEPT += [("float32", "batch_norm")]  # of its weights, like its averages
+KEPT += [("float32", "batch_norm")]  # the type of its weights, and of its averages
 BEGINS = "        self.run = run\n"
 
 
 @pytest.mark.parametrize("step", GROWN)
 def test_a_rank_takes_its_own_gpu_before_anything_else(tmp_path, step):
-    """Here there is none, and torch says so at the first line that wants one: which line that is counts."""
+    """There is no GPU here, and torch reports this at the first line that needs one: it must be CHOOSES."""
     root = planted(tmp_path / "root", "common/device.py", GPU, steps=(step,))
     words = [*command(step, 2, root), *FLAGS]
     status, _, err = finish(start(words, tmp_path))
     print(err)
     assert status == 1 and re.search(rf"in worker\n *{re.escape(CHOOSES)}", err)
 
-    # And the next line that wants one binds the process group to the same.
+    # The next line that needs a GPU binds the process group to the same one.
     planted(root, step, (CHOOSES, "pass"))
     status, _, err = finish(start(words, tmp_path))
     print(err)
@@ -79,7 +79,7 @@ def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
         batches = len(before) + 2 * (steps + 1)  # in two epochs, each with one batch of the test set
         assert copies == [("to_device", {"non_blocking": "True"})] * 2 * batches  # images, and labels
         sums = [(name, words["device"]) for _, name, words, _ in rows if name in ("zeros", "full")]
-        counts = [] if step == "01" else [("full", "cpu")] * steps  # of the targets of all ranks
+        counts = [] if step == "01" else [("full", "cpu")] * steps  # all ranks' targets
         assert sums == [*counts, ("zeros", "cpu")] * 2
         trains = [words["training"] for _, name, words, _ in rows if name == "batch_norm"]
         assert trains == before + (["True"] * steps + ["False"]) * 2
@@ -98,7 +98,7 @@ def test_unless_asked_nothing_is_computed_in_bf16(tmp_path, step):
 
 
 def test_objects_never_go_through_a_gpu():
-    """NCCL alone would copy the pickled snapshot of step 04 onto every GPU."""
+    """With NCCL alone, step 04's pickled snapshot would be copied to every GPU."""
     for device, expected in (
         ("cpu", "cpu:gloo"),
         ("cuda:3", "cpu:gloo,cuda:nccl"),

@@ -1,8 +1,8 @@
-"""However a rank leaves: all leave, with the status that belongs to it, and no thread of gloo lives on.
+"""However a rank exits, all exit, with the correct status, and no thread of gloo survives.
 
-Such a thread lets go of what it holds while Python ends, and now and then aborts the process there
-("terminate called without an active exception"). So the ranks end here as interpreters do, see
-forks.REAL_END. `make test` leaves once in each way, EXITS=50 in the environment fifty times.
+Such a thread releases what it holds while Python ends, and sometimes aborts the process there ("terminate
+called without an active exception"). So here, the ranks end as interpreters do: see forks.REAL_END. `make
+test` exits once in each way; with EXITS=50 in the environment, it exits fifty times.
 
 Promise: however a rank exits, no thread of its process groups survives, and the exit status is correct.
 """
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 TIMES = int(os.environ.get("EXITS", "1"))
 
-# Behind the group's end: the threads that are gloo's or NCCL's. Their names end with the group.
+# After the group's end: the threads of gloo or NCCL that are left. None should outlive the group.
 COUNT = """
     finally:
         names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
@@ -40,7 +40,7 @@ COUNT = """
 
 
 def counting(step):
-    """An edit of a train.py: each rank says, when it is out of its groups, which threads they have left."""
+    """An edit of a train.py: a rank that is out of its groups prints which of their threads are left."""
     arguments = "rank, port, args" if step == "02" else "args"
     head, inner = (f"def {name}({arguments}):\n" for name in ("worker", "inner"))
     me = "str(rank)" if step == "02" else 'os.environ["RANK"]'
@@ -49,14 +49,14 @@ def counting(step):
 
 
 def on_rank_1(code):
-    """An edit of a train.py: one rank does something in its third step, in which the others wait for it."""
+    """An edit of a train.py: rank 1 runs `code` after its third step, while the others wait for it."""
     counts = "            self.global_step += 1\n"
     does = f"            if self.rank == 1 and self.global_step == 3:\n                {code}\n"
     return counts, counts + does
 
 
 FAILS = "from common.options import fail; fail('planted')"
-# What is planted, how the run ends: status of step 02, whether each rank must leave its groups by itself.
+# What is planted, step 02's status, and whether every rank must leave its groups by itself.
 KINDS = {
     "end": ([], 0, True),
     "SIGTERM": ([], 143, True),
@@ -66,7 +66,7 @@ KINDS = {
 }
 
 
-# Steps 03 and 04 begin and end alike.
+# Steps 03 and 04 begin and end in the same way.
 QUICK = (
     [("02", kind) for kind in KINDS] + [("05", kind) for kind in KINDS] + [("03", "SIGTERM"), ("04", "fail")]
 )
@@ -104,7 +104,7 @@ def test_a_rank_leaves_nothing_behind(tmp_path, step, kind):
                 ranks = process.ranks()
                 if kind == "SIGTERM":
                     process.send_signal(signal.SIGTERM)
-                else:  # from a terminal it comes to the whole group; torchrun's ranks have their own
+                else:  # a terminal sends it to the whole group; torchrun's ranks have their own
                     os.killpg(process.pid, signal.SIGINT)
             status = process.process.wait(60)
         finally:
@@ -122,13 +122,13 @@ def test_a_rank_leaves_nothing_behind(tmp_path, step, kind):
             assert "1" in [rank for rank, _ in left], story
         assert errors(err) == (["error: planted"] if kind == "fail" else []), story
         assert ("ZeroDivisionError: planted" in err) == (kind == "exception"), story
-        # Which torchrun says of a rank that has not told it what went wrong.
+        # torchrun prints this for a rank that has not reported what went wrong.
         assert kind != "exception" or "To enable traceback see" not in err, story
         assert all(map(has_ended, ranks)), story
 
 
 def test_a_rank_that_was_killed_is_told(tmp_path):
-    """A status of its own it has not. Under torchrun, the summary says it."""
+    """It has no status of its own. Under torchrun, the summary reports it."""
     root = planted(
         tmp_path / "root",
         "02",
@@ -142,30 +142,30 @@ def test_a_rank_that_was_killed_is_told(tmp_path):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("planted"), SystemExit(143)], ids=["error", "exit"])
 def test_after_an_error_all_groups_end_at_once(error):
-    """Not the default group alone: a stuck collective may be in another, and destroying that would wait."""
+    """Not only the default group: a stuck collective may be in another, and destroying that would wait."""
 
     def threads():
         return [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
 
-    before = threads()  # of other tests in this process
+    before = threads()  # from other tests in this process
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         dist.new_group(backend="gloo")
-        # A thread gives itself its name, which may be a moment after the group is there.
+        # A thread names itself, perhaps a moment after the group exists.
         wait_until(lambda: len(threads()) > len(before), "a thread of gloo")
         raise error
     except (ZeroDivisionError, SystemExit):
         release_process_group()
         assert not dist.is_initialized()
     finally:
-        if dist.is_initialized():  # only if the test fails: the next one must not fail with it
+        if dist.is_initialized():  # only if the test fails: the next test must not fail, too
             dist.destroy_process_group()
     assert threads() == before
 
 
 @pytest.mark.parametrize("seconds", [12, 60, 120, 600])
 def test_the_vote_gives_up_before_the_group_does(seconds):
-    """By more than the five seconds for which the error then waits: NCCL's watchdog would end the process."""
+    """Earlier by more than the 5 s that the error waits, or NCCL's watchdog would end the process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -180,21 +180,23 @@ def test_the_vote_gives_up_before_the_group_does(seconds):
 
 
 BACKEND = "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nncclUnhandledCudaError\nno device"
-NEW = "Failed to initialize NCCL communicator for 2 ranks\nno device"  # of torch 2.15's backend, nccl2
+NEW = "Failed to initialize NCCL communicator for 2 ranks\nno device"  # from torch 2.15's backend, nccl2
 
 
 def test_what_stops_the_start_is_told_by_its_own_name(capsys):
-    """A backend's error is not a missing rank; its last line has the cause."""
+    """A backend's error is not reported as a missing rank. Its last line has the cause."""
+    silent = "the ranks found each other, but cannot communicate"
+    apart = "the ranks did not find each other"
     for error, said in (
-        (dist.DistBackendError(BACKEND), "the ranks meet, and cannot talk: no device; NCCL_DEBUG=INFO tells"),
-        (RuntimeError(NEW), "the ranks meet, and cannot talk: no device; NCCL_DEBUG=INFO tells"),
-        (dist.DistNetworkError("in use\nmore"), "the ranks do not meet: in use; is the port free, is every"),
-        (dist.DistStoreError("late\nmore"), "the ranks do not meet: late; is the port free, is every rank"),
+        (dist.DistBackendError(BACKEND), f"{silent}: no device; NCCL_DEBUG=INFO shows"),
+        (RuntimeError(NEW), f"{silent}: no device; NCCL_DEBUG=INFO shows"),
+        (dist.DistNetworkError("in use\nmore"), f"{apart}: in use; is the port free, and has every rank"),
+        (dist.DistStoreError("late\nmore"), f"{apart}: late; is the port free, and has every rank"),
     ):
         with pytest.raises(SystemExit), rendezvous():
             raise error
         assert capsys.readouterr().err.startswith(f"error: {said}")
-    with pytest.raises(RuntimeError, match="a bug of ours"), rendezvous():  # which keeps its traceback
+    with pytest.raises(RuntimeError, match="a bug of ours"), rendezvous():  # it keeps its traceback
         raise RuntimeError("a bug of ours")
 
 
@@ -214,7 +216,7 @@ dist.destroy_process_group()
 
 
 def test_a_rank_goes_on_when_all_have_connected(tmp_path):
-    """With nothing left to train, one was gone while others still connected, and a run in 25 failed."""
+    """With nothing left to train, a rank exited while others were still connecting: 1 run in 25 failed."""
     connects = 'self.group = dist.new_group(backend="gloo", timeout=earlier)\n'
     slowly = (
         "            if dist.get_rank() == 1:\n"
@@ -267,7 +269,7 @@ dist.destroy_process_group()
 
 
 def test_votes_are_a_tenth_of_a_second_or_five_steps_apart(tmp_path):
-    """By the slowest rank's clock, and in the same steps on all; the next step knows how a vote has ended."""
+    """By the slowest rank's clock, and in the same steps on all ranks. The next step has a vote's result."""
     root = planted(tmp_path / "root", "common/stopping.py", steps=("03",))
     (root / "votes.py").write_text(VOTES)
     status, out, err = finish(start([*command("03", 3)[:-1], str(root / "votes.py")], tmp_path))
@@ -298,7 +300,7 @@ finally:
 
 
 def test_a_connection_lost_after_a_signal_is_the_signals_doing(tmp_path):
-    """The others have left for the same signal. Without one, or for another reason, the error is told."""
+    """Others have exited for the same signal. Without one, or after another error, the error is reported."""
     root = planted(tmp_path, "common/stopping.py")
     (root / "lost.py").write_text(LOST)
     lost = "Connection closed by peer"
@@ -315,7 +317,7 @@ def test_a_connection_lost_after_a_signal_is_the_signals_doing(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_step_02_that_is_stopped_before_it_trains_has_the_signals_status(tmp_path, number):
-    """torch lets a rank that gets Ctrl-C end as if it had done its work, and SIGTERM kills it."""
+    """In torch, a rank that gets Ctrl-C ends as if it had finished its work, and SIGTERM kills it."""
     gets_there = "        self.stop = GracefulStop(self.args.timeout)\n"
     says = "print('here\\n', end='', flush=True)"  # in one piece: the ranks may print at the same time
     waits = f"        [{says}, __import__('time').sleep(60)]\n"

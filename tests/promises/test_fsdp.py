@@ -1,4 +1,4 @@
-"""Step 05: its flags change nothing that is learned, memory falls, snapshots are whole or none.
+"""Step 05: its flags do not change what is learned, memory falls, a snapshot is complete or not there.
 
 Promise: FSDP, with each of its flags, learns what DDP learns. Its bytes per rank fall as they should.
 Training continues while a snapshot is written.
@@ -59,14 +59,14 @@ def test_without_a_gpu_it_names_the_flag(tmp_path, flags):
     print(out, err)
     assert status == 1 and "exitcode  : 2" in err  # torchrun's own status, and the script's
     root_cause = err.partition("Root Cause")[2]  # at the very end
-    assert "traceback : error: FSDP is for GPUs, and there is none here: practise on CPUs" in root_cause
+    assert "traceback : error: FSDP is for GPUs, and there are none here: practice on CPUs" in root_cause
     assert errors(err) == [
-        "error: FSDP is for GPUs, and there is none here: practise on CPUs with --use-gpu 0"
+        "error: FSDP is for GPUs, and there are none here: practice on CPUs with --use-gpu 0"
     ]
     assert out == ""
 
 
-# Ranks, flags, how far from step 03 the weights may be: two numbers have one sum, of four the order counts.
+# Ranks, flags, and how far the weights may be from step 03's: for a sum of four numbers, the order matters.
 WAYS = {
     "activations computed twice": (2, ["--activation-checkpointing", "--model=vit", "--vit-depth=2"], 0.0),
     "gathered, offloaded, from meta": (2, ["--no-reshard", "--cpu-offload", "--meta-init"], 0.0),
@@ -74,7 +74,7 @@ WAYS = {
 }
 
 
-FEW = ["--num-samples=259", "--epochs=2", "--precision=float64"]  # 42 steps, with a tail
+FEW = ["--num-samples=259", "--epochs=2", "--precision=float64"]  # 42 steps, with a remainder
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -95,15 +95,15 @@ def test_accumulating_and_clipping_are_step_04s(once, tmp_path):
     difference = largest_difference(run.weights, other.weights)
     without = largest_difference(
         run.weights, once(STEP, 2, *FEW, "--batch-size=6").weights
-    )  # the same, in one go
+    )  # without --accumulate, too
     print(f"step 05 against step 04: {difference}; without --clip-norm {without:.1e}")
-    assert difference <= 1e-12  # the norm's sum of squares is added up in another order
+    assert difference <= 1e-12  # the norm's squares are added in another order
     assert without > 1e-6
     assert disagreements(run, other) == []
 
 
 def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
-    """11, 10, 10 of 31, in batches of 10: without padding, rank 0 would gather the weights once more."""
+    """The ranks have 11, 10 and 10 images, in batches of 10: without padding, rank 0 would gather again."""
     flags = ["--num-samples=186", "--batch-size=12", "--epochs=1", "--timeout=20", "--eval-batch-size=10"]
     run = train(STEP, 3, tmp_path, *flags)
     print(run.test)
@@ -111,7 +111,7 @@ def test_ranks_with_a_batch_of_test_images_more_do_not_wait_for_ever(tmp_path):
 
 
 def build_sharded(script, args, mesh):
-    """The model as step 05's main() makes it at the start of a run."""
+    """The model as step 05's main() builds it at the start of a run."""
     device = torch.device("cpu")
     build = functools.partial(build_model, args.model, args.precision, args.vit_width, args.vit_depth)
     with torch.device("meta" if args.meta_init else "cpu"):
@@ -127,9 +127,9 @@ BIG = {"model": "vit", "vit_width": 768, "vit_depth": 12, "meta_init": True}
 
 
 def bytes_of_rank_0(ranks, **changed):
-    """Of parameters, gradients, AdamW's state and gathered units after a step; and the model.
+    """The bytes of parameters, gradients, AdamW's state and gathered units after a step; and the model.
 
-    In PyTorch's "fake" group: there are no other ranks, and collectives return at once.
+    This is in PyTorch's "fake" group: there are no other ranks, and collectives return immediately.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -158,12 +158,12 @@ def bytes_of_rank_0(ranks, **changed):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
-    """Of 56.8 million parameters."""
+    """With 56.8 million parameters."""
     row, model = bytes_of_rank_0(ranks, **BIG)
     count = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.net.encoder.layers[0].parameters())
     assert count >= 50_000_000
-    # Gradients are as many as parameters, AdamW's two moments twice as many; float32 has four bytes.
+    # Each parameter has one gradient and AdamW's two moments; a float32 has four bytes.
     expected = 16 * count / ranks + 4 * block
     print(f"{ranks} ranks: {sum(row) / 1e6:.1f} MB, expected {expected / 1e6:.1f} MB, within 2 %")
     assert abs(sum(row) - expected) <= 0.02 * expected
@@ -172,7 +172,7 @@ def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
 
 
 def test_the_bytes_of_real_ranks_are_those_of_the_fake_ones(tmp_path):
-    """Two ranks over gloo, and the report that they print; a small vit."""
+    """Two ranks with gloo, and the report that they print, for a small vit."""
     flags = ["--model=vit", "--vit-depth=2", "--num-samples=24", "--epochs=1", "--batch-size=12"]
     run = train(STEP, 2, tmp_path, *flags)
     report = [event for event in run.events if event["event"] == "memory"][-1]
@@ -184,14 +184,14 @@ def test_the_bytes_of_real_ranks_are_those_of_the_fake_ones(tmp_path):
         assert 0 <= found - size * count <= 4 * 200  # AdamW also counts its steps, once for each tensor
     for kind in range(3):
         parts = sum(row[kind] for row in report["ranks"])
-        # Two more of AdamW's step counts of four bytes for each tensor, and no shard is padded by much.
+        # Each rank has AdamW's step counts, four bytes for each tensor, and no shard is padded by much.
         assert 0 <= parts - report["ddp"][kind] <= 4 * 200
     assert "each under DDP" in run.out
 
 
 @pytest.fixture
 def alone():
-    """This process as the only rank of a group: its mesh."""
+    """The mesh of a group in which this process is the only rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -213,7 +213,7 @@ FLAGS = {
 
 
 def test_on_a_gpu_the_allocators_peak_stands_beside_the_table():
-    """It is 0 where there is no GPU; that it agrees with the table, test_gpu.py shows."""
+    """It is 0 where there is no GPU. test_gpu.py shows that it agrees with the table."""
     model, said, written = torch.nn.Linear(3, 5), [], {}
     report = argparse.Namespace(say=said.append, write=lambda event, **values: written.update(values))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -254,7 +254,7 @@ def first_step(tmp_path, monkeypatch, mesh, batch_size, number=0, **changed):
 
 
 def test_what_is_gathered(alone, tmp_path, monkeypatch):
-    """One block and the root; with --no-reshard all of it; with bf16 half of the bytes."""
+    """One block and the root; with --no-reshard, everything; with bf16, half of the bytes."""
     rows = {}
     for number, (name, changed) in enumerate(GATHERED.items()):
         report, model = first_step(tmp_path, monkeypatch, alone, batch_size=8, number=number, **changed)
@@ -266,7 +266,7 @@ def test_what_is_gathered(alone, tmp_path, monkeypatch):
     assert rows["as usual"][3] == block + root
     assert rows["kept"][3] == whole
     assert rows["bf16"][3] == (block + root) / 2
-    assert {row[0] for row in rows.values()} == {whole}  # kept in float32, whatever is computed with
+    assert {row[0] for row in rows.values()} == {whole}  # kept in float32, whatever the precision
 
 
 def kept_for_backward(model, images):
@@ -296,7 +296,7 @@ def test_activation_checkpointing_keeps_less(alone):
 
 @pytest.mark.parametrize("flag", ["", "--no-reshard"])
 def test_nothing_stays_gathered_after_a_test(tmp_path, flag):
-    """Backward would free it, and no backward pass follows."""
+    """A backward pass would free it, but none follows."""
     sums = "        dist.all_reduce(totals)\n"
     looks = "        whole = [p for p in self.model.parameters() if not hasattr(p, 'to_local')]\n"
     looks += "        self.report.say(f'whole {len(whole)}', self.rank)\n"
@@ -316,7 +316,7 @@ REDUCED = {
 
 @pytest.mark.parametrize("step", REDUCED)
 def test_gradients_are_reduced_once_in_a_step(tmp_path, step):
-    """With --accumulate the network would carry each micro-batch's, otherwise; the sums would be the same."""
+    """Otherwise, with --accumulate, the network would carry every micro-batch's, for the same sums."""
     adds = "            step_loss += loss.detach()\n"
     looks = f"            model = self.model\n            done = {REDUCED[step]}\n"
     looks += "            self.report.say(f'part {number} reduced {done}', self.rank)\n"
@@ -334,7 +334,7 @@ def test_there_may_be_fewer_test_images_than_ranks(tmp_path, step):
 
 
 def test_an_optimizer_from_before_fully_shard_is_refused(tmp_path):
-    """Without our check it trains nothing, without a word, until the first snapshot."""
+    """Without our check, it trains nothing, and nobody notices until the first snapshot."""
     right = "optimizer = torch.optim.AdamW(model.named_parameters(), "
     early = (right, "optimizer = torch.optim.AdamW(build().parameters(), ")
     flags = ["--num-samples=240", "--batch-size=12", "--use-gpu=0", "--epochs=1"]
@@ -363,7 +363,7 @@ def uninterrupted(once):
 
 
 def test_training_goes_on_while_a_snapshot_is_written_and_ends_when_it_cannot_be(tmp_path):
-    """The same slow disk: two more steps are done before the next snapshot waits. Then the disk fails."""
+    """With a slow disk, two more steps are done before the next snapshot waits. Then the disk fails."""
     slow = sharded.unfinished(tmp_path / "snapshots", 2) / "__1_0.distcp"
     slow.parent.mkdir(parents=True)
     os.mkfifo(slow)
@@ -397,7 +397,7 @@ class Trainer:"""
 
 
 def test_what_is_saved_in_the_background_is_what_there_was(tmp_path):
-    """The shards of step 2 are written when step 3 has changed the weights: the snapshot has step 2's."""
+    """The shards of step 2 are written after step 3 has changed the weights. The snapshot has step 2's."""
     keeps = (
         "weights = {n: p.full_tensor() for n, p in self.model.named_parameters()}; "
         "torch.save(weights, f'rank-{self.rank}-step-{self.global_step}'); "
@@ -414,7 +414,7 @@ def test_what_is_saved_in_the_background_is_what_there_was(tmp_path):
 
 
 def test_an_error_waits_for_a_snapshot_that_is_being_written(tmp_path):
-    """It ends the groups, over which the ranks tell each other that all shards are there."""
+    """It ends the groups with which the ranks tell each other that all shards are there."""
     fails = (
         "if self.global_step == 3: open('step 3 is done', 'w').close(); raise ZeroDivisionError('planted')"
     )
@@ -446,7 +446,7 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     [("OSError(28, 'planted')", f"planted; {snapshot.REMEDY}"), ("ValueError('planted')", "planted")],
 )
 def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, error, said):
-    """The disk has room again by then; but whoever loses a snapshot must hear of it, on each rank."""
+    """The disk has room again by then. But a lost snapshot must be reported, and all ranks must stop."""
     finishes = "                    path = commit(folder, "
     fails = f"                    if state['global_step'] == 2:\n                        raise {error}\n"
     root = planted(tmp_path / "root", "05_fsdp/sharded.py", (finishes, fails + finishes))
@@ -459,7 +459,7 @@ def test_a_snapshot_that_failed_stops_the_run_before_the_next_one(tmp_path, erro
 
 
 def test_what_is_saved_already_is_not_written_again(tmp_path):
-    """Stopped in an epoch's last step, a run that is resumed comes to the end of the epoch at once."""
+    """A run that was stopped in an epoch's last step is at the end of the epoch as soon as it resumes."""
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1", "--use-gpu=0", "--snapshot-dir=s"]
     stops = after_a_step("self.global_step == 4 and os.kill(os.getpid(), signal.SIGTERM)")
     # The vote that ranks begin in one step is read in the next: here, in the same one.
@@ -479,7 +479,7 @@ def test_what_is_saved_already_is_not_written_again(tmp_path):
 
 
 def test_shards_of_another_model_are_not_loaded(tmp_path):
-    """The code has changed, and the name that the flags give to the run has not."""
+    """The code has changed, but the name that the flags give to the run has not."""
     flags = ["--num-samples=96", "--batch-size=12", "--epochs=1"]
     train(STEP, 2, tmp_path, *flags)
     narrower = [
@@ -536,7 +536,7 @@ DRAWN = [
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["all of it saved", "a buffer that is not"])
 def test_a_resume_from_meta_builds_only_what_no_snapshot_has(tmp_path, drawn):
-    """With --meta-init, the whole model is built once, on rank 0, and again only for such a buffer."""
+    """With --meta-init, rank 0 builds the whole model once; a resumed run, only for such a buffer."""
     edits = [*SAYS_WHERE, *(DRAWN if drawn else [])]
     root = planted(tmp_path / "root", "common/models.py", *edits, steps=(STEP,))
     flags = ["--num-samples=48", "--batch-size=4", "--precision=float64", "--meta-init"]
@@ -571,14 +571,14 @@ def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_
 
 
 def commit_again(folder, state):
-    """Make a snapshot of the shards in `folder`'s unfinished one, with `state` as sharded.read gives it."""
+    """Finish the unfinished snapshot in `folder`, with `state` as sharded.read returns it."""
     own = ("checksums", "layout", "metadata", "path")
     rest = {key: value for key, value in state.items() if key not in own}
     return sharded.commit(folder, state["layout"], state["checksums"], rest)
 
 
 def test_what_a_kill_left_does_not_spoil_the_next_snapshot(uninterrupted, tmp_path):
-    """Killed in or after `state.pt`, before the folder has its name: the same step comes again."""
+    """The kill came while or after `state.pt` was written, before the rename. The same step comes again."""
     path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
     state, _ = sharded.read(path)
     unfinished = sharded.unfinished(tmp_path, state["global_step"])
@@ -603,7 +603,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(uninterrupted, tmp_path):
 
 
 def test_what_killed_saves_have_left_is_deleted_before_the_first_save(tmp_path):
-    """Of another step, and so big that with it the disk may be full: a save comes too late."""
+    """It is from another step, and may fill the disk. To delete it during a save would be too late."""
     left = sharded.unfinished(tmp_path / "snapshots", 3)
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(b"half")
@@ -614,7 +614,7 @@ def test_what_killed_saves_have_left_is_deleted_before_the_first_save(tmp_path):
     assert "left: False" in run.out
 
 
-# A layer that no step uses, one that is used from the third epoch on if `LATE`, and one that is frozen.
+# A layer that is never used, one that is used from the third epoch on if `late`, and one that is frozen.
 AUX = [
     (
         "        self.name = name\n",
@@ -636,7 +636,7 @@ LATE = "        self.model.train()\n"
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("late", [False, True], ids=["never", "late"])
 def test_a_parameter_without_gradients_does_not_spoil_a_resume(tmp_path, ranks, late):
-    """Nor does one that is frozen, or has its first gradient after the resume."""
+    """Nor does one that is frozen, or that gets its first gradient after the resume."""
     root = planted(tmp_path / "root", "common/models.py", *AUX, steps=(STEP,))
     planted(root, STEP, (LATE, f"{LATE}        self.model.late = {late} and self.epoch >= 2\n"))
     flags = [f"--num-samples={24 * ranks}", "--batch-size=4", "--precision=float64"]
@@ -648,7 +648,7 @@ def test_a_parameter_without_gradients_does_not_spoil_a_resume(tmp_path, ranks, 
 
 
 def test_a_snapshot_that_rank_0_cannot_finish_ends_all_ranks_with_one_line(tmp_path):
-    """A folder where `state.pt` should go; the shards themselves can be written."""
+    """A folder is in the place of `state.pt`; the shards themselves can be written."""
     writes = "    snapshot.write(shards / STATE,"
     root = planted(
         tmp_path / "root", "05_fsdp/sharded.py", (writes, f"    (shards / STATE).mkdir()\n{writes}")
@@ -673,7 +673,7 @@ def convert(path, folder):
 
 
 def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
-    """And a run goes on from it: test_resume.py."""
+    """test_resume.py shows that a run continues from it."""
     path = snapshot.snapshots(uninterrupted.snapshot_dir, sharded=True)[0]
     copy = shutil.copytree(path, tmp_path / "a" / path.name)
     assert convert(copy, tmp_path) == (0, f"wrote {copy}.pt\n", "")
@@ -681,7 +681,7 @@ def test_there_and_back_a_snapshot_is_the_same(uninterrupted, tmp_path):
     assert {tensor.dtype for tensor in first["model"].values()} == {torch.float64}  # as it was trained
     names = {path.name for path in copy.iterdir()}
     shutil.rmtree(copy)
-    left = sharded.unfinished(copy.parent, first["global_step"])  # by a convert.py that was killed
+    left = sharded.unfinished(copy.parent, first["global_step"])  # from a convert.py that was killed
     left.mkdir()
     (left / "__7_0.distcp").write_bytes(b"half")
     assert convert(f"{copy}.pt", tmp_path) == (0, f"wrote {copy}\n", "")
@@ -703,7 +703,7 @@ def test_converting_tells_how(tmp_path):
     words = [sys.executable, str(SCRIPT.parent / "convert.py"), "--help"]
     status, out, err = finish(start(words, tmp_path, COLUMNS="200"))
     assert status == 0 and err == ""
-    assert load(SCRIPT.with_name("convert.py")).__doc__.strip() in out  # as it stands there, line by line
+    assert load(SCRIPT.with_name("convert.py")).__doc__.strip() in out  # as it is there, line by line
     assert "snapshot    snapshot-….pt, or a folder snapshot-…" in out
 
 
@@ -730,21 +730,21 @@ def test_what_cannot_be_converted_is_told(uninterrupted, tmp_path):
         state, _ = snapshot.read(shutil.copytree(path, folder / name) / "state.pt")
         for group in state["param_groups"]:
             group["param_names"] = names and names * len(group["params"])
-            if not names:  # of an optimizer that was built from model.parameters()
+            if not names:  # as from an optimizer built from model.parameters()
                 del group["param_names"]
         snapshot.write(folder / name / "state.pt", {**state, "checksum": None})
     state, _ = snapshot.read(shutil.copytree(path, folder / "snapshot-00000052") / "state.pt")
     snapshot.write(folder / "snapshot-00000052" / "state.pt", {**state, "format": 99, "checksum": None})
     for given, said in {
-        folder: f"{folder} is no snapshot: give a file snapshot-….pt, or a folder snapshot-…",
-        folder / "snapshot-00000077": "is no snapshot: give",
+        folder: f"{folder} is not a snapshot: give a file snapshot-….pt, or a folder snapshot-…",
+        folder / "snapshot-00000077": "is not a snapshot: give",
         folder / "snapshot-00000001.pt": "snapshot-00000001.pt is damaged (",
         folder
         / "snapshot-00000050": "snapshot-00000050 cannot be converted: ValueError: its optimizer has no",
         folder / "snapshot-00000051": "snapshot-00000051 cannot be converted: KeyError: 'net.",
         folder
         / "snapshot-00000052": f"snapshot-00000052 has format 99, and this code has {snapshot.FORMAT} (",
-        path: f"{path}.pt is there already: delete it first",
+        path: f"{path}.pt already exists: delete it first",
     }.items():
         status, out, err = convert(given, tmp_path)
         assert status == 2 and out == ""
@@ -781,7 +781,7 @@ def test_each_kind_of_snapshot_tells_the_other_steps_what_to_do(uninterrupted, t
     newest_one = snapshot.snapshots(folder, sharded=True)[0]
     for read, name in ((None, newest_one), (sharded.read, folder / "snapshot-00000099.pt")):
         if read:
-            name.touch()  # newer than all of step 05's: going on without it would be a silent step back
+            name.touch()  # newer than all of step 05's: to continue without it would silently lose steps
         with pytest.raises(SystemExit) as stopped:
             snapshot.SnapshotFolder(folder, run, read_shards=read).load_newest()
         err = capsys.readouterr().err
@@ -802,7 +802,7 @@ def test_resnet18_in_bf16_keeps_batch_norm_in_float32(tmp_path):
 
 
 def test_a_batch_norm_that_is_a_unit_trains_in_bf16(tmp_path):
-    """It is sharded by itself, in float32, and not once more as a unit."""
+    """It is sharded by itself, in float32, and not again as a unit."""
     own_layer = (
         "nn.ReLU(),\n        nn.Flatten()",
         "nn.BatchNorm2d(32),\n        nn.ReLU(),\n        nn.Flatten()",

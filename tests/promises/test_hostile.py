@@ -1,7 +1,8 @@
-"""A sharded snapshot from elsewhere, made to do harm: nothing in it is run, and one line tells what is wrong.
+"""A malicious sharded snapshot from elsewhere: nothing in it is run, and one line says what is wrong.
 
-Whoever makes a folder can make its checksums right as well. So all that is read here has right checksums, but
-for what is damaged at random. With HOSTILE=2000 in the environment, 2,000 are made.
+An attacker who can make a folder can also make its checksums correct. So everything that is read here has
+correct checksums, except for what is damaged at random. With HOSTILE=2000 in the environment, 2,000 snapshots
+are made.
 
 Promise: a malicious sharded snapshot cannot run code.
 """
@@ -32,14 +33,14 @@ from common.reporting import Reporter
 from common.run import Run
 
 TIMES = int(os.environ.get("HOSTILE", "200"))
-MARK = "attacked"  # a folder that is there when a pickle has been let do what it says
-METADATA = ".metadata"  # torch's own, a pickle that nothing here reads
+MARK = "attacked"  # a folder that exists if a pickle was allowed to do what it says
+METADATA = ".metadata"  # torch's own file, a pickle that nothing here reads
 
 RUN = Run("05_fsdp", "cnn", "mnist", "float32", 0)
 
 
 class Method:
-    """Pickled, it is the call of `builtins.getattr` by which Python 3.11.2 pickles an enum."""
+    """Its pickle is the call of `builtins.getattr` with which Python 3.11.2 pickles an enum."""
 
     def __call__(self):
         raise NotImplementedError  # pickle only asks whether it can be called
@@ -49,7 +50,7 @@ class Method:
 
 
 class Attack:
-    """Unpickled, it makes the folder MARK; each `way` by another function that a pickle may name."""
+    """Unpickling it creates the folder MARK. Each `way` uses another function that a pickle may name."""
 
     WAYS = ("os.mkdir", "eval", "exec", "os.system", "getattr", "torch.load")
 
@@ -69,7 +70,7 @@ class Attack:
 
 
 def tensors(value=1.0):
-    """The model and AdamW's state, as step 05 shares them out among its shards."""
+    """The model and AdamW's state, as step 05 divides them among its shards."""
     model = build_model("cnn").state_dict()
     names = list(model)[:2]
     slots = {n: {"exp_avg": torch.full_like(model[n], value), "step": torch.tensor(1.0)} for n in names}
@@ -95,7 +96,7 @@ def original(tmp_path_factory):
 
 
 def reseal(path, state=None, names=None):
-    """Make the checksums right again, of all files in `path` or of those that are named."""
+    """Correct the checksums of all files in `path`, or only of those in `names`."""
     state = state or state_of(path)
     there = [file.name for file in path.iterdir() if file.name != sharded.STATE and file.is_file()]
     if isinstance(state, dict) and isinstance(state.get("checksums"), dict):
@@ -104,7 +105,7 @@ def reseal(path, state=None, names=None):
 
 
 def seal(path, state):
-    """As snapshot.write, without its check of what is in `state`."""
+    """Like snapshot.write, but without its check of what is in `state`."""
     torch.save(state, path)
     content = path.read_bytes()
     path.write_bytes(content + zlib.crc32(content).to_bytes(4, "big"))
@@ -114,11 +115,11 @@ def state_of(path):
     return torch.load(path / sharded.STATE, weights_only=False)
 
 
-# Each returns what it has done, in words. `rng` decides the rest.
+# Each function below returns what it has done, in words. `rng` makes all choices.
 
 
 def evil_file(path, rng):
-    """A pickle that runs code, as a file of the snapshot or as one more."""
+    """A pickle that runs code, as one of the snapshot's files or as an additional file."""
     way = rng.choice(Attack.WAYS)
     names = [METADATA, sharded.STATE, "__0_0.distcp", "__0.metadata", "__1.metadata", ".metadata.tmp"]
     name = rng.choice([*names, "__0_1.distcp", "state.pt.tmp", ".state.pt.tmp", "data.pkl", "evil.pt"])
@@ -130,7 +131,7 @@ def evil_file(path, rng):
     else:
         (torch.save if with_torch else pickle.dump)(Attack(way), content := io.BytesIO())
         (path / name).write_bytes(content.getvalue())
-        # torch's reader falls back to other names when `.metadata` says nothing.
+        # torch's reader falls back to other names when `.metadata` holds nothing.
         if rng.random() < 0.3:
             (path / METADATA).write_bytes(pickle.dumps(rng.choice([None, 0, "", [], {}])))
         if rng.random() < 0.8:
@@ -139,7 +140,7 @@ def evil_file(path, rng):
 
 
 def evil_inside(path, rng):
-    """The same, inside of what `.metadata` or the layout holds, or inside of a shard to which it leads."""
+    """The same, inside `.metadata` or the layout, or inside a shard that the layout names."""
     way, state = rng.choice(Attack.WAYS), state_of(path)
     where = rng.choice(["planner_data", "entry", "key", "place", "shard"])
     layout = state["layout"]
@@ -163,7 +164,7 @@ def evil_inside(path, rng):
 
 
 def odd_layout(path, rng):
-    """The layout says what cannot be: places, sizes, kinds."""
+    """The layout has impossible places, sizes or kinds."""
     state = state_of(path)
     layout = state["layout"]
     name = rng.choice(list(layout))
@@ -195,7 +196,7 @@ def odd_layout(path, rng):
 
 
 def odd_state(path, rng):
-    """`state.pt` lacks something, or has something of another kind."""
+    """`state.pt` lacks a value, or has one of another kind."""
     state = state_of(path)
     key = rng.choice(list(state))
     value = rng.choice([None, 5, -1, "text", [], {}, [None], {"x": 1}, torch.zeros(2), 1.5])
@@ -211,7 +212,7 @@ def odd_state(path, rng):
 
 
 def odd_files(path, rng):
-    """A pipe, a link, a folder or nothing where a file should be; or a file more."""
+    """A pipe, a link, a folder or nothing in the place of a file; or an additional file."""
     name = rng.choice([file.name for file in path.iterdir()])
     kind = rng.choice(["pipe", "loop", "folder", "nothing", "one more", "a link to all zeros"])
     if kind == "one more":
@@ -231,7 +232,7 @@ def odd_files(path, rng):
 
 
 def noise(path, rng):
-    """Damage at random, in one of the files, its checksum wrong."""
+    """Random damage in one of the files, so that its checksum is wrong."""
     file = rng.choice(sorted(path.iterdir()))
     content = bytearray(file.read_bytes())
     at = rng.randrange(len(content))
@@ -245,7 +246,7 @@ HARMS = {evil_file: 3, evil_inside: 2, odd_layout: 3, odd_state: 2, odd_files: 1
 
 
 def go_on_from(folder):
-    """What step 05 does with the snapshots in `folder`, in one process; the step that it has gone on from."""
+    """Load the snapshots in `folder` as step 05 does, in one process; return the step that is loaded."""
     state = snapshot.SnapshotFolder(folder, RUN, read_shards=sharded.read).load_newest()
     shards = tensors(0.0)
     with sharded.reader(state) as reader:
@@ -256,7 +257,7 @@ def go_on_from(folder):
 
 
 def run(do, capsys):
-    """`do`, and how it ended, in words; AssertionError unless it did with at most one line for the user."""
+    """Call `do`; return how it ended, in words. AssertionError for more than a warning and an error."""
     capsys.readouterr()
     try:
         ended = f"went on from {do()}"
@@ -264,7 +265,7 @@ def run(do, capsys):
         ended = f"exit {end.code}"
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if "UserWarning" not in line and not line.startswith("  ")]
-    assert len(lines) <= 2, err  # that one is damaged; that none can be gone on from
+    assert len(lines) <= 2, err  # one is damaged; there is none to resume from
     assert all(line.startswith(("error: ", "warning: ")) for line in lines), err
     assert (ended == "exit 2") == any(line.startswith("error: ") for line in lines), (ended, err)
     return ended
@@ -292,13 +293,13 @@ def test_nothing_in_a_hostile_folder_is_run(original, tmp_path, capsys, monkeypa
         assert not Path(MARK).exists(), story
         shutil.rmtree(folder)
     print(f"{dict(kinds)}; {dict(ends)}")
-    assert ends["went on from 10"] > TIMES / 2  # the one before: else nothing was refused
+    assert ends["went on from 10"] > TIMES / 2  # the one before: otherwise, nothing was refused
 
 
 @pytest.mark.parametrize("way", Attack.WAYS)
 @pytest.mark.parametrize("name", [METADATA, "__0.metadata"])
 def test_torchs_metadata_is_not_loaded(original, tmp_path, capsys, monkeypatch, name, way):
-    """Nor `__0.metadata`, which torch's own reader unpickles where `.metadata` says nothing."""
+    """Nor is `__0.metadata`, which torch's own reader unpickles if `.metadata` holds nothing."""
     monkeypatch.chdir(tmp_path)
     torch.save(Attack("os.mkdir"), "evil.pt")
     folder = Path(shutil.copytree(original, tmp_path / "snapshots"))
@@ -310,7 +311,7 @@ def test_torchs_metadata_is_not_loaded(original, tmp_path, capsys, monkeypatch, 
     print(ended)
     assert not Path(MARK).exists()
     assert ended == "went on from 20"
-    # torch's own reader does what it says: the test above can fail.
+    # torch's own reader does what the pickle says, so the test above can fail.
     with contextlib.suppress(dcp.CheckpointException):
         dcp.load(tensors(), storage_reader=dcp.FileSystemReader(path), no_dist=True)
     assert Path(MARK).exists()
@@ -331,7 +332,7 @@ KINDS |= {"param_groups": "list"}
 
 
 def damage(path, what):
-    """Do to the snapshot `path` what one of the LIES says; its checksums are right, or the lie."""
+    """Do to the snapshot `path` what one of the LIES says; its checksums are correct, or are the lie."""
     state = state_of(path)
     if what in KINDS or what in ("a group", "a rank"):
         changed = {what: b"of another kind"}
@@ -348,7 +349,7 @@ def damage(path, what):
         (path / "__9_0.distcp").write_bytes(b"")
     elif what == "a byte more":
         (path / SHARD).write_bytes((path / SHARD).read_bytes() + b"x")
-    elif what == "a file of which no byte can be read":  # by root neither
+    elif what == "a file of which no byte can be read":  # not even by root
         (path / SHARD).unlink()
         (path / SHARD).symlink_to("/proc/self/mem")
     else:
@@ -400,15 +401,15 @@ LIES |= {
 }
 LAYOUT_LIES = {
     "a name that is none": "ValueError: a name or a dtype is not a string",
-    "a place that is a float": "ValueError: a part of optimizer.net.0.bias.step is no file and two numbers",
+    "a place that is a float": "ValueError: a part of optimizer.net.0.bias.step needs a file and two numbers",
     "a part a million times": "ValueError: its parts are larger than the files",
     "an unknown dtype": "KeyError: 'torch.float3'",
     "a negative size": "ValueError: optimizer.net.0.bias.step is not a tensor",
     "a tensor too large": "ValueError: its tensors are larger than the files",
     "a shard elsewhere": "ValueError: ../outside is not one of the files",
-    "a part after the end": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
-    "a part before the beginning": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
-    "a part of less than nothing": "ValueError: optimizer.net.0.bias.step is not all in __0_0.distcp",
+    "a part after the end": "ValueError: optimizer.net.0.bias.step is not entirely in __0_0.distcp",
+    "a part before the beginning": "ValueError: optimizer.net.0.bias.step is not entirely in __0_0.distcp",
+    "a part of less than nothing": "ValueError: optimizer.net.0.bias.step is not entirely in __0_0.distcp",
 }
 LIES |= {
     name: f"state.pt: its layout is not valid ({why}); written by unknown versions of Python and torch"
@@ -440,7 +441,7 @@ def test_each_lie_is_told_in_its_own_words(original, tmp_path):
 
 
 def test_what_other_programs_leave_among_the_shards_does_no_harm(original, tmp_path):
-    """NFS, for a file that was deleted while it was read; an editor; a file manager; and a folder."""
+    """From NFS (for a file that was deleted while it was read), an editor, file managers; and a folder."""
     path = Path(shutil.copytree(original, tmp_path / "copy")) / "snapshot-00000020"
     for name in (".nfs0000000001", ".state.pt.swp", "state.pt~", ".DS_Store", "Thumbs.db"):
         (path / name).write_bytes(b"left")

@@ -1,4 +1,4 @@
-"""Batches: any map-style dataset, nested batches, and workers whose random numbers do not come twice.
+"""Batches: any map-style dataset, nested batches, and workers that do not repeat random numbers.
 
 Promise: a custom dataset works in place of `load_mnist`, with no other change.
 """
@@ -56,7 +56,7 @@ def note_worker(worker):
 
 
 class Opened(Dataset):
-    """Samples of a file that each worker opens for itself."""
+    """Samples from a file that each worker opens for itself."""
 
     def __len__(self):
         return 4
@@ -113,7 +113,7 @@ def test_samples_are_stacked_and_a_whole_batch_is_left_alone():
 
 
 def test_groups_are_drawn_one_batch_at_a_time():
-    """And an incomplete group is left out."""
+    """An incomplete group at the end is left out."""
     drawn = []
     batches = (drawn.append(number) or number for number in range(7))
     found = group_batches(batches, 3)
@@ -162,7 +162,7 @@ DICTIONARIES = [
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("step", ["03", "05"])
 def test_a_dataset_of_ones_own_takes_the_place_of_mnist(once, tmp_path, step, ranks):
-    """It gives the same digits, so it has to end in the same weights, to the last bit."""
+    """It gives the same digits, so the run must end with the same weights, to the last bit."""
     flags = ["--num-samples=91", f"--batch-size={12 // ranks}", "--epochs=2", "--precision=float64"]
     root = planted(tmp_path / "root", step, TUPLES)
     run = train(step, ranks, tmp_path, *flags, root=root)
@@ -180,7 +180,7 @@ def test_batches_may_be_dictionaries(once, tmp_path, step):
     script = next(root.glob("0*/train.py"))
     unpacks = "        images, labels = batch\n"
     source = script.read_text()
-    assert source.count(unpacks) == 2  # in the two methods that a copier replaces
+    assert source.count(unpacks) == 2  # in the two methods that a user replaces
     script.write_text(source.replace(unpacks, '        images, labels = batch["pixels"], batch["digit"]\n'))
     run = train(step, ranks, tmp_path, *flags, root=root)
     assert run.losses.equal(once(step, ranks, *flags).losses)
@@ -203,7 +203,7 @@ def test_there_may_be_fewer_test_samples_than_ranks(tmp_path, step, count):
 
 
 class Noisy(Dataset):
-    """What an augmentation would draw, in the worker."""
+    """Random numbers, drawn in the worker, as an augmentation draws them."""
 
     def __len__(self):
         return 8
@@ -213,7 +213,7 @@ class Noisy(Dataset):
 
 
 def noise(global_step, epochs):
-    """What two workers draw in so many epochs, in a run that has resumed at a step, or begun at 0."""
+    """What two workers draw in `epochs` epochs of a run that began, or resumed, at `global_step`."""
     options = loader_options(2, CPU)
     if global_step > 0:
         state = {"rng": rng_states(CPU), "path": Path("s/snapshot"), "epoch": 0, "global_step": global_step}
@@ -225,7 +225,7 @@ def noise(global_step, epochs):
 def test_workers_draw_other_numbers_in_each_epoch_and_after_a_resume():
     torch.manual_seed(5)
     first = noise(0, 2)
-    assert noise(0, 2) == first  # the same run again has the same
+    assert noise(0, 2) == first  # the same run draws the same numbers
     later = noise(4, 2)
     assert len({*first, *later}) == 32
 
@@ -233,13 +233,13 @@ def test_workers_draw_other_numbers_in_each_epoch_and_after_a_resume():
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_accumulating_asks_the_loader_for_small_batches(tmp_path, step):
-    """Not for one that is `--accumulate` times as large."""
+    """Not for batches that are `--accumulate` times as large."""
     root = traced(planted(tmp_path / "root", step))
     flags = ["--num-samples=91", "--batch-size=4", "--accumulate=3", "--epochs=1"]
     train(step, 2, tmp_path, *flags, root=root)
     processes = drawn(tmp_path, 91)
     assert len(processes) == 2
-    # 45 samples of each rank: 11 batches of four, of which the last two are no step of three.
+    # 45 samples for each rank: 11 batches of four. The last two are too few for a step of three.
     assert [[len(batch) for batch in batches] for batches in processes] == [[4] * 11] * 2
 
 
@@ -249,7 +249,7 @@ STORAGES = "len({p.grad.untyped_storage().data_ptr() for p in self.model.paramet
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["02", "03", "04"])
 def test_gradients_are_views_of_ddps_buckets(tmp_path, step):
-    """All in one bucket here: no second copy of them is in memory, also after micro-batches."""
+    """Here, all are in one bucket. There is no second copy of them in memory, even after micro-batches."""
     says = after_a_step(f"self.report.say(f'storages {{{STORAGES}}}', self.rank)")
     root = planted(tmp_path / "root", step, says)
     flags = [
@@ -265,7 +265,7 @@ def test_gradients_are_views_of_ddps_buckets(tmp_path, step):
 
 @pytest.mark.parametrize("step", ["01", "03"])
 def test_a_temporary_folder_with_too_long_a_name_is_told(tmp_path, step):
-    """Workers send tensors through sockets in it, and could not; the run would wait forever."""
+    """Workers send tensors through sockets in it. They would fail to, and the run would wait forever."""
     deep = tmp_path / ("d" * 80)
     deep.mkdir()
     flags = ["--num-samples=48", "--batch-size=4", "--epochs=1", "--use-gpu=0", "--num-workers=1"]
@@ -273,12 +273,12 @@ def test_a_temporary_folder_with_too_long_a_name_is_told(tmp_path, step):
         start([*command(step, ranks_of(step)), *flags], tmp_path, real=True, TMPDIR=str(deep))
     )
     print(status, out, err)
-    said = f"error: {deep} is too long a name for the sockets of --num-workers: set TMPDIR to a shorter one"
+    said = f"error: the path {deep} is too long for the sockets of --num-workers: set TMPDIR to a shorter one"
     assert status != 0 and errors(err) == [said]
 
 
 def test_numpys_and_pythons_random_numbers_are_seeded(tmp_path):
-    """Those that a dataset draws in the process of the rank; and after a resume it draws others."""
+    """The numbers that a dataset draws in the rank's process. After a resume, it draws others."""
     drawn = []
     for steps in (0, 0, 7):
         torch.manual_seed(3)

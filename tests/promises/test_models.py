@@ -34,11 +34,11 @@ def test_uint8_images_give_logits_in_the_precision_asked_for(name, precision, dt
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient(name):
-    """A public series trains a model whose gradients are zero, and nobody noticed."""
+    """A public series has trained a model whose gradients are zero, and nobody noticed."""
     model = build(name)
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = synthetic_digits(64, seed=0)
-    for _ in range(2):  # the vit's last layer starts at zero and hides the others from the first step
+    for _ in range(2):  # the vit's last layer starts at zero, so the first step gives the others no gradient
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
@@ -114,7 +114,7 @@ def test_a_run_is_named_after_its_model_and_its_size():
 
 
 def test_only_what_sees_the_image_is_other_than_torchvisions():
-    """One channel for three, and nothing else; the vit's patches are those that it counts."""
+    """One channel instead of three, and nothing else. The vit's patches have the size in its patch_size."""
     ours, theirs = build("resnet18").net.conv1, torchvision.models.resnet18().conv1
     names = ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
     assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
@@ -127,7 +127,7 @@ def test_only_what_sees_the_image_is_other_than_torchvisions():
 
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_a_samples_result_does_not_depend_on_its_batch(name):
-    """What makes steps comparable across world sizes: no batch norm, no dropout."""
+    """This makes steps comparable across world sizes: no batch norm, no dropout."""
     model = build(name, "float64").train()
     images, _ = synthetic_digits(6, seed=0)
     together, apart = model(images), torch.cat([model(part) for part in images.split(2)])
@@ -138,7 +138,7 @@ def test_a_samples_result_does_not_depend_on_its_batch(name):
 
 
 def test_pixels_are_scaled_by_the_mean_and_deviation_of_mnist(mnist_dir):
-    """The two numbers are those of MNIST, and what the net gets has mean 0 and deviation 1."""
+    """The two numbers are those of MNIST, and the net's input has mean 0 and deviation 1."""
     seen = []
 
     class Net(nn.Linear):
@@ -150,7 +150,7 @@ def test_pixels_are_scaled_by_the_mean_and_deviation_of_mnist(mnist_dir):
     mean, deviation = seen[0].mean().item(), seen[0].std().item()
     print(f"{seen[0].dtype}, mean {mean:.1e}, deviation 1 {deviation - 1:+.1e}")
     assert seen[0].shape == (60_000, 1, 28, 28) and seen[0].dtype == torch.float64
-    assert abs(mean) < 3e-4 and abs(deviation - 1) < 3e-4  # four digits of each are given
+    assert abs(mean) < 3e-4 and abs(deviation - 1) < 3e-4  # the code has four digits of each
 
 
 def test_a_black_and_a_white_pixel_are_what_they_are_elsewhere():
@@ -161,7 +161,7 @@ def test_a_black_and_a_white_pixel_are_what_they_are_elsewhere():
             return pixels[0, 0, 0]
 
     black, white = Normalized(Net(1, 1, dtype=torch.float64), "net")(images).tolist()
-    # What torchvision's Normalize((0.1307,), (0.3081,)) makes of them, in pytorch/examples for one.
+    # What torchvision's Normalize((0.1307,), (0.3081,)) makes of them, for example in pytorch/examples.
     assert (black, white) == (-0.1307 / 0.3081, (1 - 0.1307) / 0.3081)
 
 
@@ -173,10 +173,10 @@ def test_a_bigger_vit():
 
 
 def test_compile_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
-    """In step 01. That the flag changes what each step computes, test_combinations.py shows."""
+    """In step 01. test_combinations.py shows that the flag changes what each step computes."""
     script = load(ROOT / FOLDERS["01"] / "train.py")
     models = []
-    monkeypatch.setenv("LOCAL_RANK", "0")  # so that it is what it was before, afterwards
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that its old value is restored afterwards
     monkeypatch.setattr(script.Trainer, "train", lambda trainer: models.append(trainer.model))
     for flags in ([], ["--compile"]):
         words = ["train.py", "--use-gpu=0", "--num-samples=64", f"--snapshot-dir={tmp_path}", *flags]
@@ -184,7 +184,7 @@ def test_compile_keeps_the_names_of_the_weights(tmp_path, monkeypatch):
         script.main(script.parse_args())
     plain, compiled = models
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    # What torch calls in the place of a module that is compiled; its docs have no other way to ask.
+    # torch calls this in place of a compiled module. Its documentation has no other way to ask.
     assert compiled._compiled_call_impl and not plain._compiled_call_impl
 
 

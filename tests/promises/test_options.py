@@ -1,4 +1,4 @@
-"""Flags: what they do on every step, and that errors and warnings come once."""
+"""Flags: what they do in every step, and that errors and warnings are printed once."""
 
 import ast
 import re
@@ -55,7 +55,7 @@ def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
 @pytest.mark.parametrize("step", FOLDERS)
 def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step):
     ranks = 1 if step == "01" else 3
-    use_gpu = 0 if step == "05" else 1  # step 05 takes no CPUs for GPUs: test_fsdp.py
+    use_gpu = 0 if step == "05" else 1  # without a GPU, step 05 ends with an error: test_fsdp.py
     flags = ["--num-samples=128", "--batch-size=16", "--epochs=1", "--verbose", f"--use-gpu={use_gpu}"]
     status, out, err = finish(start([*command(step, ranks), *flags], tmp_path, CUDA_VISIBLE_DEVICES=""))
     print(out, err)
@@ -110,7 +110,7 @@ def test_bf16_and_compile_train(tmp_path, step, flags):
     first, last = run.losses[:4].mean().item(), run.losses[-4:].mean().item()
     print(f"{run.name} {flags}: loss {first:.3f}, then {last:.3f}; test loss {run.test['loss']!r}")
     assert last < first - 0.3
-    # Summed in float32 or more: a sum in bf16 has eight bits, and 85 images would make a round number.
+    # The sum is in float32 or more: in bf16, with eight bits, the sum of 85 losses would be a round number.
     assert run.test["loss"] * 85 % 0.25 != 0
     assert not any("_orig_mod" in name or name.startswith("module.") for name in run.weights)
 
@@ -162,7 +162,7 @@ def test_batch_norm_needs_two_samples_and_no_more(capsys):
 
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_snapshot_keeps_the_flags_that_change_what_is_trained(monkeypatch, step):
-    """All of a step's flags but those that only say where, how fast and how much is told."""
+    """But not flags that identify the run, or that only change where, how fast or how verbosely it runs."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -194,7 +194,7 @@ def test_step_01_is_refused_where_torchrun_starts_it_more_than_once(monkeypatch,
         return
     with pytest.raises(SystemExit):
         check_torchrun(expected=False)
-    said = "error: this script is not for torchrun: python 01/train.py '--snapshot-dir=a b'\n"
+    said = "error: this script is not for torchrun; use: python 01/train.py '--snapshot-dir=a b'\n"
     assert capsys.readouterr().err == said
 
 
@@ -219,10 +219,10 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
         assert takes in ("N", "X", "DIR", "FILE", "WORLD_SIZE") or takes[:1] in ("{", "")
         assert (takes == "") == (without[name] is False)
         if default := re.search(r" \((\S+?)(: none)?\)$", text):
-            if name != "snapshot-dir":  # which the run was given
+            if name != "snapshot-dir":  # the run was given one
                 assert default[1] == str(without[name])
-        elif unless := re.match(r"(\S+) unless given", text):
-            assert unless[1] == without[name]
+        elif by_default := re.match(r"(\S+) by default", text):
+            assert by_default[1] == without[name]
         else:
             assert without[name] in (None, False) or name in (
                 "num-samples",
@@ -233,7 +233,7 @@ def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, ste
 
 
 def test_who_is_alone_with_a_mistake_says_it_at_once(monkeypatch, capsys):
-    """Nobody comes to end it, so there is nothing to wait for."""
+    """No launcher will end it, so it has nothing to wait for."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     waited = []
@@ -245,16 +245,16 @@ def test_who_is_alone_with_a_mistake_says_it_at_once(monkeypatch, capsys):
 
 
 def test_a_gpu_for_each_process_or_none_starts(monkeypatch, capsys):
-    """With as many GPUs as are claimed here: what is chosen, not that it works."""
+    """The number of GPUs is faked: the test is about which GPU is chosen, not whether it works."""
     monkeypatch.setattr(devices, "count_gpus", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
     before = torch.get_float32_matmul_precision()
     try:
         with pytest.raises(SystemExit):
             setup_device(None, 0, 3)
-        said = "error: 3 processes, but GPUs: 2; start as many, or add --use-gpu 0\n"
+        said = "error: 3 processes, but 2 GPU(s): start one per GPU, or add --use-gpu 0\n"
         assert capsys.readouterr().err == said and torch.get_float32_matmul_precision() == before
-        if torch.accelerator.current_accelerator():  # what this torch is made for, with a GPU or without
+        if torch.accelerator.current_accelerator():  # what this torch is built for, even without a GPU
             assert [setup_device(None, rank, 2).index for rank in (0, 1)] == [0, 1]
             assert setup_device(1, 0, 1).type == torch.accelerator.current_accelerator().type
             assert torch.get_float32_matmul_precision() == "high"

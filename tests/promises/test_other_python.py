@@ -1,7 +1,7 @@
-"""What one Python and torch have saved, another Python and torch resume.
+"""What one Python and torch have saved, another Python and torch can resume.
 
-Both are given by whoever starts the tests: `--other-python=/path/to/python`, of an environment with
-requirements.txt installed. `.ci/run` does it with the oldest torch, and Debian's Python where there is one.
+The other Python is given on the command line: `--other-python=/path/to/python`, from an environment with
+requirements.txt installed. `.ci/run` uses the oldest torch, and Debian's Python if there is one.
 
 Promise: a snapshot written with one version of Python and torch can be resumed with another, older or newer
 (in CI).

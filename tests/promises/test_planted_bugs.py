@@ -1,4 +1,4 @@
-"""The mistakes that distributed training scripts make most: each must turn the comparison red.
+"""The commonest mistakes in distributed training scripts: each must make the comparison fail.
 
 Promise: the tests catch the nine commonest mistakes (no `set_epoch`, summed gradients, one rank's loss in
 the log, padded evaluation, …).
@@ -34,7 +34,7 @@ from common.mnist import load_mnist
 from common.snapshot import snapshots
 
 # name: (step, line of its train.py, what a wrong script has instead, what must be found to disagree).
-# All steps from 02 on have these lines alike: each bug is planted in one of them.
+# These lines are the same in all steps from 02 on: each bug is planted in one step.
 BUGS = {
     "every epoch in the same order": (
         "02",
@@ -85,7 +85,7 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     root = planted(tmp_path, step, (right, wrong))
     run = train(step, 3, tmp_path / "run", *PROOF, f"--batch-size={GLOBAL_BATCH // 3}", root=root)
     found = disagreements(run, proof("01"))
-    print(f"step {step}, {bug}: {found}, and must be found in {symptom}")
+    print(f"step {step}, {bug}: {found}, must include {symptom}")
     assert symptom in found
 
 
@@ -93,9 +93,9 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
-    """Each rank has its own running statistics: all evaluate with rank 0's, or the result is nobody's.
+    """Each rank has its own running statistics: all must evaluate with rank 0's, or the result fits no model.
 
-    Also between two saves, where a script of the reader's own may evaluate.
+    This is also true between two saves, where your own script may evaluate.
     """
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
     planted(root, step, after_a_step("if self.global_step == 14: self.evaluate(); self.model.train()"))
@@ -108,7 +108,7 @@ def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):
     _, test = load_mnist(Path("unused"), 64)
     for path in snapshots(run.snapshot_dir, step == SHARDED)[:2]:
         at = snapshot.step_of(path)
-        if step == SHARDED:  # by the convert.py that knows this model
+        if step == SHARDED:  # with the convert.py that knows this model
             words = [sys.executable, str(root / FOLDERS[step] / "convert.py"), str(path)]
             assert finish(start(words, tmp_path))[0] == 0
             path = path.with_suffix(".pt")
@@ -135,7 +135,7 @@ BEFORE_AND_AFTER = f"""
 
 @pytest.mark.parametrize("step", ["02", "03", "04"])
 def test_the_pass_that_arranges_buckets_changes_nothing(tmp_path, step):
-    """No gradient, no average of batch norm, no random number: what comes then is as if it had not been."""
+    """Gradients, batch norm's averages and random numbers stay as if there had been no such pass."""
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
     planted(root, step, (ARRANGES, BEFORE_AND_AFTER))
     train(step, 2, tmp_path / "run", "--num-samples=64", "--epochs=1", "--batch-size=16", root=root)
@@ -144,7 +144,7 @@ def test_the_pass_that_arranges_buckets_changes_nothing(tmp_path, step):
 @pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
-    """In the middle of an epoch, when the ranks' averages differ: a snapshot has one for all of them."""
+    """In the middle of an epoch, when the ranks' averages differ. A snapshot has one set for all ranks."""
     root = planted(tmp_path, "common/models.py", NORMED, steps=(step,))
     flags = ["--num-samples=64", "--epochs=1", "--batch-size=8", "--save-every=2", "--precision=float64"]
     whole = train(step, 2, tmp_path / "whole", *flags, root=root)
@@ -160,9 +160,9 @@ def test_batch_norm_goes_on_from_what_rank_0_had(tmp_path, step):
 @pytest.mark.parametrize("count", [0, 1])
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_step_in_which_nothing_counts_leaves_the_weights_whole(tmp_path, step, count):
-    """As when all of a batch is padding: 0 / 0 would be in every weight, and in the next snapshot.
+    """For example, if a whole batch is padding: 0 / 0 would get into all weights, and the next snapshot.
 
-    Or when rank 0 alone has a target, a single one: the loss is its loss.
+    Or if only rank 0 has a target, a single one: the loss is the loss of this target.
     """
     mine = "1" if step == "01" else "int(self.rank == 0)"
     root = planted(
@@ -173,7 +173,7 @@ def test_a_step_in_which_nothing_counts_leaves_the_weights_whole(tmp_path, step,
     )
     run = train(step, ranks_of(step), tmp_path, "--num-samples=24", "--batch-size=6", "--epochs=1", root=root)
     assert all(weights.isfinite().all() for weights in run.weights.values())
-    assert run.losses[0] == pytest.approx(2.3 * count, abs=0.5)  # of ten classes, log 10
+    assert run.losses[0] == pytest.approx(2.3 * count, abs=0.5)  # log 10, for ten classes
 
 
 LEAVES = """        try:
@@ -188,7 +188,7 @@ LEAVES = """        try:
 
 
 def test_a_rank_that_ends_while_another_saves_is_noticed(tmp_path):
-    """And not by the next collective, which may be one that has no timeout."""
+    """It is noticed before the next collective, which may have no timeout."""
     saves = "        with keep_alive():  # a save may take longer than a collective may\n"
     root = planted(
         tmp_path / "root", "03", (saves, LEAVES + saves), ("import sys\n", "import sys\nimport time\n")

@@ -1,4 +1,4 @@
-"""`--profile`: a trace of a few steps for each rank, which changes nothing that is learned."""
+"""`--profile` writes a trace of a few steps for each rank, and does not change what is learned."""
 
 import collections
 import json
@@ -8,7 +8,7 @@ import torch
 from helpers import FOLDERS, command, finish, largest_difference, ranks_of, start, train
 
 FLAGS = ["--num-samples=240", "--epochs=2", "--precision=float64"]
-# What a step is sure to do between its ranks: gradients, and in step 05 the weights.
+# The collectives that a step surely runs: for the gradients, and in step 05 also for the weights.
 COLLECTIVES = {"01": set(), "05": {"reduce_scatter", "all_gather"}}
 
 
@@ -27,7 +27,7 @@ def test_each_rank_leaves_a_trace_of_three_steps(once, tmp_path, step):
     for name in names:
         events = json.loads((folder / name).read_text())["traceEvents"]
         counts = collections.Counter(event["name"] for event in events if event.get("ph") == "X")
-        # Steps 8 to 10, which it counts from 0; each calls the optimizer once.
+        # Steps 8 to 10, which the profiler counts from 0. Each one calls the optimizer once.
         steps = [f"ProfilerStep#{number}" for number in (7, 8, 9)]
         assert [counts[step] for step in steps] == [1, 1, 1] and counts["ProfilerStep#10"] == 0
         assert counts["Optimizer.step#AdamW.step"] == 3
@@ -44,5 +44,5 @@ def test_a_run_that_ends_too_soon_says_that_there_is_no_trace(tmp_path):
         flags = [*own, "--batch-size=10", "--epochs=1", "--use-gpu=0"]
         status, out, err = finish(start([*command("01", 1), *flags], tmp_path))
         assert status == 0 and f"{steps} steps" in out
-        told = f"warning: no trace in {steps}: it begins 7 steps after the start" in err.splitlines()
+        told = f"warning: no trace in {steps}: tracing begins 7 steps after the start" in err.splitlines()
         assert len(list((tmp_path / str(steps)).iterdir())) == steps - 6 and told == (steps == 6)

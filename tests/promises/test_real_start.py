@@ -2,10 +2,10 @@
 
 The other tests start forks of a process that has imported torch (forks.py). They would not notice an import
 that a script lacks, threads that an import leaves, or an interpreter that fails at its end. So here every
-step is started with `python` or `torchrun` and nothing prepared, and must end as its fork does, bit for bit.
+step is started with `python` or `torchrun`, without preparation, and must end as its fork does, bit for bit.
 
-Others start real processes because they are about what happens between them: a rank of step 03 is killed
-under torchrun in test_resume.py, launchers get Ctrl-C in test_launcher.py, hosts lose each other in
+Other tests start real processes because they are about what happens between processes: a rank of step 03 is
+killed under torchrun in test_resume.py, launchers get Ctrl-C in test_launcher.py, hosts lose each other in
 test_multinode.py.
 
 Promise: started by `python`, `torchrun` or `mp.spawn` in a fresh process, every step does what it does in
@@ -41,7 +41,7 @@ SCRIPTS = [ROOT / folder / "train.py" for folder in FOLDERS.values()]
 
 FLAGS = ["--num-samples=251", "--epochs=1", "--precision=float64"]  # 20 steps
 
-# Python that prints the names of a rank's threads, at the end of its `worker`.
+# Code that prints the names of a rank's threads at the end of its `worker`.
 THREADS = """
 def threads():
     names = []
@@ -68,12 +68,12 @@ LINUX = Path("/proc/self/task").exists()
     "step", [pytest.param(step, marks=pytest.mark.slow if step == "04" else []) for step in FOLDERS]
 )
 def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
-    """And no thread of gloo outlives the group: one that does aborts the process, in a few of 100 runs."""
+    """Also, no gloo thread outlives its group: such a thread aborts the process in a few of 100 runs."""
     ranks = ranks_of(step)
     planted(tmp_path, step, *(THREADS_AT_THE_END if step != "01" else []))
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // ranks}"]
-    # Python then finds no module beside a script by itself. In step 01 it runs no assert either, and knows no
-    # docstring; once is enough, because all that torch consists of is compiled anew for it.
+    # Python then finds no modules beside a script by itself. In step 01, it also drops asserts and
+    # docstrings: one step is enough, because Python compiles all of torch again for this.
     strict = {"PYTHONSAFEPATH": "1"} | ({"PYTHONOPTIMIZE": "2"} if step == "01" else {})
     run, fork = (
         train(step, ranks, tmp_path / "run", *flags, root=tmp_path, real=True, **strict),
@@ -83,7 +83,7 @@ def test_a_fresh_start_does_what_a_fork_does(once, tmp_path, step):
     lines = [line for line in run.out.splitlines() if line.startswith("threads")]
     print(f"step {step}, really started, against a fork: {difference} (must be 0.0); {lines}")
     assert difference == 0.0 and run.test == fork.test
-    # Of the standard error of ranks that end well, only torchrun's own warnings are left.
+    # When ranks end well, standard error has only torchrun's own warnings.
     assert "Error" not in run.err and "terminate called" not in run.err
     assert len(lines) == (ranks if step != "01" else 0)
     assert not any("gloo" in line for line in lines)
@@ -102,7 +102,7 @@ CASES = [
 @pytest.mark.skipif(not LINUX, reason="counts threads in /proc: Linux only")
 @pytest.mark.parametrize(("step", "case", "real"), CASES)
 def test_threads_of_gloo(tmp_path, step, case, real):
-    """None is left after an exception either; without what the scripts do against them, some are."""
+    """None is left after an exception, either. Without the scripts' measures against them, some are."""
     edits = list(THREADS_AT_THE_END)
     if case == "ends in an exception":
         loads = "        self.stop = GracefulStop(self.args.timeout)\n"
@@ -156,9 +156,9 @@ def test_help_and_bad_flags_are_answered(tmp_path, script, flag, status):
 
 
 PROGRAMS = ["compare_steps.py", "05_fsdp/convert.py", "workshop/doctor.py", "workshop/check.py"]
-PROGRAMS += ["workshop/break_it.py", "workshop/diff_steps.py", "workshop/export.py"]
+PROGRAMS += ["workshop/break_it.py", "workshop/bundle.py", "workshop/diff_steps.py", "workshop/export.py"]
 PROGRAMS += ["benchmarks/bench.py", "tests/harness/soak.py", "tests/harness/mutants.py"]
-PROGRAMS += [f"{FOLDERS[step]}/train.py" for step in ("02", "05")]  # which have modules beside them
+PROGRAMS += [f"{FOLDERS[step]}/train.py" for step in ("02", "05")]  # these have modules beside them
 
 
 @pytest.mark.sample(2)
@@ -190,7 +190,7 @@ def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     [("01", ""), pytest.param("01", "--verbose", marks=pytest.mark.slow), ("05", "--verbose")],
 )
 def test_what_a_run_says_can_be_read_at_once(tmp_path, step, flag):
-    """By whoever follows a file: nothing waits until a buffer is full. The run waits until it is read."""
+    """By somebody who follows a file: no output waits for a full buffer. The run waits until it is read."""
     root = planted(tmp_path / "root", step, pause(3, tmp_path / "read"))
     flags = ["--num-samples=64", "--batch-size=16", "--epochs=1", "--save-every=2", "--use-gpu=0"]
     words = [*command(step, 1, root), *flags, "--snapshot-dir=s", "--metrics=m", *filter(None, [flag])]

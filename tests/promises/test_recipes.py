@@ -17,7 +17,7 @@ PAGE = (ROOT / "docs" / "reference" / "your-own-model.md").read_text()
 [OWN] = re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M)
 RECIPES = dict(section.split("\n", 1) for section in re.split(r"^### ", PAGE, flags=re.M)[1:])
 STEPS = ["01", "03", SHARDED]
-# 9 steps of 12 samples an epoch; those of an interrupted run are the first 12 of 18.
+# An epoch has 9 steps of 12 samples. An interrupted run has done the first 12 of 18 steps.
 FLAGS = ["--num-samples=114", "--epochs=2", "--precision=float64", "--lr=0.005"]
 LAST = 12
 # The page's models have PyTorch's default precision, in which the steps' sums differ after the seventh digit.
@@ -25,14 +25,14 @@ IN_FLOAT64 = "torch.set_default_dtype(torch.float64)"
 
 
 def hunks(recipe, step):
-    """What a recipe replaces in a step, and by what."""
+    """What a recipe replaces in a step, and with what."""
     found = []
     for steps, block in re.findall(r"^```diff *([\d ]*)\n(.*?)^```", recipe, re.S | re.M):
         if steps and step not in steps.split():
             continue
         if step in ("01", SHARDED):
             block = block.replace("self.ddp_model", "self.model")
-        # Between two places is an empty line; and "+" alone is one that is added.
+        # An empty line separates two places; a "+" alone is an empty line that is added.
         for hunk in block.split("\n\n"):
             lines = hunk.strip("\n").splitlines()
             old, new = (
@@ -43,7 +43,7 @@ def hunks(recipe, step):
 
 
 def follow(root, recipe):
-    """Copies of the steps in `root`, in which the page's recipe was followed."""
+    """Copies of the steps, in `root`, with the page's recipe applied."""
     for step in FOLDERS:
         planted(root, step, *hunks(recipe, step))
         text = OWN.replace("import torch\n", f"import torch\n\n{IN_FLOAT64}\n", 1)
@@ -59,7 +59,7 @@ def run(step, folder, root, *flags):
 
 
 def interrupted(whole, folder):
-    """A folder with those snapshots of a whole run that it had in the middle of its second epoch."""
+    """Copy to `folder` the snapshot that a whole run had in the middle of its second epoch."""
     sharded = whole.snapshot_dir.parent.name == SHARDED
     shutil.copytree(whole.snapshot_dir, folder / "snapshots")
     for path in snapshots(folder / "snapshots", sharded):
@@ -90,7 +90,7 @@ def test_each_recipe_trains_stops_resumes_and_converts(tmp_path, name):
     for step in alike:
         difference = largest_difference(whole[step].weights, reference.weights)
         print(f"{name}: steps {step} and 03 differ by {difference:.2g}")
-        assert difference < 1e-10  # they add up in another order
+        assert difference < 1e-10  # they add in different orders
     for step in STEPS:
         folder = tmp_path / "resumed" / step
         interrupted(whole[step], folder)

@@ -1,4 +1,4 @@
-"""What a run says, and what it writes down, to the letter: its lines, its metrics, its snapshots.
+"""What a run prints and writes, to the letter: its lines, its metrics, its snapshots.
 
 Promise: what a run prints, writes to `--metrics` and saves exactly matches what it does. A terminal shows
 one progress bar, not one for each rank.
@@ -41,11 +41,11 @@ from common.reporting import Reporter, ends_within_a_line
 from common.run import Run
 from common.stopping import GracefulStop
 
-# At three ranks 131 images make ten steps of 12; a sampler that pads would make eleven.
-EVERY = 4  # steps between two reports, planted; step 01 has steps enough for those that are there
+# At three ranks, 131 images make ten steps of 12; a sampler that pads would make eleven.
+EVERY = 4  # steps between two reports, planted; step 01 runs enough steps to need no change
 PARAMETERS = 827_688  # bytes of cnn's 206,922 float32
-LARGEST = 4 * (1568 * 128 + 128)  # of its layers, of which one is gathered at a time
-COUNTERS = 8 * 4  # AdamW's steps, of each of its eight tensors
+LARGEST = 4 * (1568 * 128 + 128)  # bytes of its largest layer: one layer is gathered at a time
+COUNTERS = 8 * 4  # bytes of AdamW's step counts, one for each of eight tensors
 TIMES = r"[\d.]+ s( of training, [\d,]+ samples/s)?$|[\d,]+ samples/s$"
 
 
@@ -54,7 +54,7 @@ def without_times(line):
 
 
 def memory_lines(events):
-    """Step 05's tables, made of the numbers that it has written down."""
+    """Step 05's tables, made from the numbers in its metrics."""
     found = []
     for event in events:
         if event["event"] == "memory":
@@ -74,7 +74,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     images, steps, every = (1300, 108, 100) if step == "01" else (131, 10, EVERY)
     batch, folder, ending = 12 // ranks // parts, FOLDERS[step], "" if step == SHARDED else ".pt"
     tells = "        accuracy = correct / total\n"
-    edits = [(tells, f"        assert not torch.is_grad_enabled()\n{tells}")]  # what a test must not pay for
+    edits = [(tells, f"        assert not torch.is_grad_enabled()\n{tells}")]  # a test needs no gradients
     edits += [] if step == "01" else [("LOG_EVERY = 100", f"LOG_EVERY = {EVERY}")]
     root = planted(tmp_path / "root", "common/reporting.py", *edits, steps=(step,))
     flags = [f"--num-samples={images}", f"--batch-size={batch}", "--epochs=2", "--lr=0.002", "--seed=5"]
@@ -88,17 +88,17 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     ]
     flags += [f"--accumulate={parts}"] if parts > 1 else []
     begun = time.monotonic()
-    node = "7" if step == "02" else "0"  # of 01, which has none, and from 03 on torchrun's own
+    node = "7" if step == "02" else "0"  # step 01 has none; from step 03 on, torchrun sets it
     told = {"GROUP_RANK": node} if step == "02" else {}
     status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path, **told))
     took = time.monotonic() - begun
     print(out, err)
     assert status == 0 and "error" not in err and "warning" not in err
-    assert step != "01" or err == ""  # torchrun, and torch in its ranks, have something to say
+    assert step != "01" or err == ""  # torchrun, and torch in its ranks, print something
     events = [json.loads(line) for line in (tmp_path / "deep" / "er" / "m").read_text().splitlines()]
     of_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "memory")}
 
-    # What it was asked for, in the first event.
+    # The first event: what the run was asked to do.
     begins = events[0]
     data = f"synthetic-{images}"
     said = {"epochs": 2, "batch_size": batch, "lr": 0.002, "seed": 5, "save_every": 9, "verbose": True}
@@ -110,8 +110,8 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     here = {"event": "start", "world_size": ranks, "device": "cpu", "train_samples": images}
     assert {**said, **paths, **here}.items() <= begins.items()
 
-    # Each report: which steps it is of, and that its numbers are one another's.
-    due = [  # after so many steps, before each save, and at the end of an epoch
+    # Each report: which steps it covers, and that its numbers fit together.
+    due = [  # after `every` steps, before each save, and at the end of an epoch
         (epoch, last)
         for epoch in range(2)
         for last in range(1, steps + 1)
@@ -125,7 +125,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     for event, count in zip(of_kind["train"], counts, strict=True):
         assert event.keys() == keys and len(event["losses"]) == count
         assert event["loss"] == pytest.approx(sum(event["losses"]) / count)
-    assert of_kind["train"][0]["losses"][0] == pytest.approx(2.303, abs=0.3)  # of ten classes, log 10
+    assert of_kind["train"][0]["losses"][0] == pytest.approx(2.303, abs=0.3)  # log 10, for ten classes
     keys = {"event", "epoch", "global_step", "loss", "accuracy", "correct", "total"}
     for epoch, event in enumerate(of_kind["eval"]):
         assert event.keys() == keys and event["epoch"] == epoch
@@ -139,7 +139,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         trained / end["seconds"], rel=0.01, abs=1
     )
     assert end["seconds"] == round(end["seconds"], 3)
-    # Rates are rounded to whole images a second, which is much of a slow one; the seconds to a thousandth.
+    # Rates are rounded to whole images a second, which matters for slow runs; seconds, to a thousandth.
     reported = [(12 * len(e["losses"]), e["samples_per_s"]) for e in of_kind["train"]]
     least = sum(count / (rate + 0.5) for count, rate in reported)
     most = sum(count / max(rate - 0.5, 1e-9) for count, rate in reported)
@@ -157,7 +157,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         else:
             right = f"({e['correct']:,} of {e['total']:,})"
             wanted.append(f"{place}test loss {e['loss']:.4f}, accuracy {e['accuracy']:.2%} {right}")
-    seconds = re.search(r"[\d.]+(?= s of training)", out)[0]  # once rounded; in the event it is, otherwise
+    seconds = re.search(r"[\d.]+(?= s of training)", out)[0]  # rounded, but not as in the event
     assert float(seconds) == pytest.approx(end["seconds"], abs=0.051)
     speed = f"{end['samples_per_s']:,} samples/s"
     wanted.append(f"done: {trained:,} samples in {seconds} s of training, {speed}")
@@ -174,7 +174,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         assert all(row[2] == copies * (2 * row[0] + COUNTERS) for row in rows)
         assert all(row[3] == copies * LARGEST and row[4] == sum(row[:4]) for row in rows)
 
-    # What each rank prints with --verbose, in its order.
+    # What each rank prints with --verbose, in order.
     snapshots = [n for n in range(1, 2 * steps + 1) if n % 9 == 0 or n % steps == 0]
     for rank in range(ranks):
         mine = [line.removeprefix(f"[rank {rank}] ") for line in lines if line.startswith(f"[rank {rank}]")]
@@ -190,7 +190,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
                     wanted.append(f"step {event['global_step']}: {count} steps in ")
         assert [without_times(line) for line in mine if line not in saves] == wanted
 
-    # What it saves: the newest three, each with all that a run needs to go on.
+    # What it saves: the newest three, each with everything that a run needs to continue.
     assert saved(tmp_path / "s") == snapshots[:-4:-1]
     state = newest(tmp_path / "s")
     rest = {name: state[name] for name in state.keys() - {"model", "optimizer", "rng"}}
@@ -213,7 +213,7 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         before, _ = snapshot.read(tmp_path / "s" / f"snapshot-{snapshots[-2]:08d}.pt")
         assert (before["epoch"], before["samples_seen"]) == (1, (snapshots[-2] - steps) * 12)
 
-    # The same again: there is nothing left to do, and it says so.
+    # The same command again: it has nothing left to do, and prints this.
     status, out, err = finish(start([*command(step, ranks, root), *flags], tmp_path))
     print(out, err)
     assert status == 0
@@ -225,15 +225,15 @@ def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
         len(events) :
     ]
     again = [event for event in again if event["event"] != "memory"]
-    # It may have been stopped before its last evaluation, which it does again.
+    # The first run might have been stopped before its last evaluation, so the second repeats it.
     last = of_kind["eval"][-1]
     end = {"event": "end", "global_step": 2 * steps, "samples_per_s": 0, "seconds": 0.0}
     assert again == [begins, last, end]
-    assert left_over(tmp_path / "s") == []  # nor a mark of the ranks
+    assert left_over(tmp_path / "s") == []  # not even a mark of a rank
 
 
 def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
-    """At three ranks: three bars would paint over each other."""
+    """With three ranks: three bars would overwrite each other."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     words = [*command("02", 3), "--num-samples=96", "--batch-size=8", "--epochs=2"]
@@ -250,18 +250,18 @@ def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
     print(repr(text), (tmp_path / "err").read_text())
     assert job.returncode == 0
     for epoch in (1, 2):
-        # It is painted once more behind the line that reports an epoch's steps.
+        # It is drawn once more after the line that reports an epoch's steps.
         assert 1 <= text.count(f"epoch {epoch}/2:   0%|") <= 2
     assert re.search(r"0/4 \[.* steps/s\]", text)
     lines = [line.rpartition("\r")[2] for line in text.strip().split("\r\n")]
-    assert not [line for line in lines if "%|" in line]  # a line that stays is one that was said
+    assert not [line for line in lines if "%|" in line]  # the lines that stay are messages
     assert re.fullmatch(r"done: 192 samples in [\d.]+ s of training, [\d,]+ samples/s", lines[-1])
 
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_full_disk_for_metrics_stops_all_after_a_save(tmp_path, step):
-    """One line, and nothing that was trained is lost."""
+    """The error is one line, and nothing that was trained is lost."""
     ranks = 1 if step == "01" else 3
     flags = ["--num-samples=480", "--batch-size=4", "--epochs=100", "--use-gpu=0", "--metrics=/dev/full"]
     status, out, err = finish(start([*command(step, ranks), *flags, "--snapshot-dir=s"], tmp_path))
@@ -273,7 +273,7 @@ def test_a_full_disk_for_metrics_stops_all_after_a_save(tmp_path, step):
 
 
 def test_the_other_nodes_say_why_they_stop(tmp_path):
-    """Rank 0 has the metrics file; each node has a screen of its own."""
+    """Only rank 0 writes the metrics, but each node has its own screen."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -292,7 +292,7 @@ def test_the_other_nodes_say_why_they_stop(tmp_path):
 
 
 def test_half_a_line_of_metrics_spoils_no_other(tmp_path):
-    """As a full disk may leave it, in the middle of a number."""
+    """A full disk may leave such a line, which ends in the middle of a number."""
     (tmp_path / "m").write_text('{"event": "train", "loss": 2.3')
     flags = ["--num-samples=24", "--batch-size=12", "--epochs=1", "--use-gpu=0", "--metrics=m"]
     status, out, err = finish(start([*command("01", 1), *flags], tmp_path))
@@ -313,7 +313,7 @@ def test_half_a_line_is_one_without_its_end(tmp_path, content, half):
 
 @pytest.fixture
 def reporter(tmp_path, monkeypatch):
-    """Of a run of two epochs, with metrics in `m`."""
+    """The reporter of a run of two epochs, with metrics in `m`."""
     monkeypatch.setattr(GracefulStop, "problem", "")
     report = Reporter(Run("01", "cnn", "noise", "float32", 0), torch.device("cpu"), tmp_path / "m")
     report.start(range(10), epochs=2, batch_size=5, flags={"save_every": None})
@@ -322,7 +322,7 @@ def reporter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_test_loss_that_is_not_finite_stops_the_run(reporter, tmp_path, capsys, loss):
-    """A step may have spoiled the weights after the last report; their snapshot is there already."""
+    """A step may have spoiled the weights after the last report; their snapshot already exists."""
     capsys.readouterr()
     with pytest.raises(SystemExit):
         reporter.evaluation(1, 20, loss, 3, 10)
@@ -342,7 +342,7 @@ def test_without_targets_there_is_no_test(reporter, tmp_path, capsys):
 
 
 class AlmostFull:
-    """A disk that takes all but the last byte of a line; the next write would say why."""
+    """A disk that takes all but the last byte of a line. Only the next write would raise the error."""
 
     name = "m"
 
@@ -371,12 +371,12 @@ def test_without_room_for_traces_training_continues(tmp_path):
     print(status, out, err)
     for rank in range(2):
         path = f"traces/03_multigpu_torchrun-rank-{rank}.json"
-        assert f"warning: rank {rank} cannot write {path}: there is no trace of it\n" in err
+        assert f"warning: rank {rank} cannot write {path}: this rank has no trace\n" in err
     assert status == 0 and re.search(r"\ndone: .*\n$", out)  # ls has found nothing half written
 
 
 def test_a_line_that_nobody_can_read_is_not_tried_again():
-    """Python would, as it ends, and end with status 120."""
+    """Python would try it again at its end, and exit with status 120."""
     with open("/dev/full", "w") as full:
         print_line("one", full)
         print("two", file=full)  # from here on it goes nowhere
@@ -385,7 +385,7 @@ def test_a_line_that_nobody_can_read_is_not_tried_again():
 
 @pytest.mark.parametrize("step", ["01", "03", "05"])
 def test_where_nobody_can_read_the_lines_training_goes_on(tmp_path, step):
-    """A log on a full disk; and the metrics, elsewhere, have all."""
+    """The log is on a full disk. The metrics, on another disk, are complete."""
     flags = [
         "--num-samples=96",
         "--batch-size=4",
@@ -406,7 +406,7 @@ def test_where_nobody_can_read_the_lines_training_goes_on(tmp_path, step):
 @pytest.mark.few(3)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_loss_that_is_not_finite_stops_all_and_nothing_more_is_saved(tmp_path, step):
-    """From the fifth step on, by a learning rate with which AdamW moves each weight by 1e30."""
+    """In the sixth step, because of a learning rate with which AdamW moves each weight by 1e30."""
     ranks = 1 if step == "01" else 3
     takes = "        self.optimizer.step()\n"
     explodes = (

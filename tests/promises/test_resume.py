@@ -37,7 +37,7 @@ from helpers import (
 
 from common.snapshot import snapshots, step_of
 
-# 19 steps of 12 images an epoch, snapshots at 10, 19, 20, 30 … 80, 90, 95; the last three stay.
+# An epoch has 19 steps of 12 images. Snapshots are saved at 10, 19, 20, 30 … 80, 90, 95; the last three stay.
 FLAGS = ["--num-samples=233", "--epochs=5", "--precision=float64", "--save-every=10"]
 LAUNCHES = [(step, ranks_of(step)) for step in FOLDERS]
 
@@ -54,7 +54,7 @@ def whole(once):
 
 
 def interrupted(whole, folder, step, last=80):
-    """A folder as an interruption in the middle of the last epoch leaves it: snapshots up to step `last`."""
+    """Make `folder` as an interruption in the middle of an epoch leaves it: snapshots up to step `last`."""
     shutil.copytree(whole[step].snapshot_dir, folder / "snapshots")
     sharded = step == SHARDED
     for path in snapshots(folder / "snapshots", sharded):
@@ -74,7 +74,7 @@ def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, ste
     assert run.test == whole[step].test
 
 
-# Two numbers have one sum, of three the order counts; and float32 shows it sooner.
+# Two numbers have only one sum; with three, the order matters. float32 shows this sooner.
 MORE_RANKS = [(step, ranks, model) for step in GROWN for ranks in (3, 4) for model in ("cnn", "vit")]
 QUICK = [("02", 3, "cnn"), ("03", 4, "vit"), ("04", 3, "vit"), (SHARDED, 3, "cnn")]
 
@@ -114,7 +114,7 @@ def test_resumed_at_another_world_size(whole, tmp_path, step, before, ranks):
 
 
 def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
-    """One snapshot format for all: the folder is handed on from step to step."""
+    """The snapshot folder is passed on from step to step. Step 05 needs its snapshot converted."""
     ladder = [("01", 1), ("02", 2), ("03", 3), ("04", 2), (SHARDED, 3)]
     for epoch, (step, ranks) in enumerate(ladder, start=1):
         if step == SHARDED:
@@ -142,7 +142,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_finished_run_of_one_step_is_evaluated_again(tmp_path, step):
-    """It may have ended before its evaluation; after a single step, too."""
+    """It may have ended before its evaluation, even after a single step."""
     flags = ["--num-samples=12", f"--batch-size={12 // ranks_of(step)}", "--epochs=1"]
     for times in (1, 2):
         run = train(step, ranks_of(step), tmp_path, *flags)
@@ -152,7 +152,7 @@ def test_a_finished_run_of_one_step_is_evaluated_again(tmp_path, step):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_resumed_optimizer_computes_as_it_was_built(tmp_path, step):
-    """A snapshot may be of a GPU, whose optimizer has another way that a CPU may not have."""
+    """A snapshot may come from a GPU, whose optimizer may compute in a way that a CPU does not have."""
     says = after_a_step("print('foreach', self.optimizer.param_groups[0]['foreach'])")
     flags = ["--num-samples=12", f"--batch-size={12 // ranks_of(step)}"]
     for epochs, foreach in ((1, False), (2, True)):
@@ -204,7 +204,7 @@ def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
 
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
-    """As when one of them reads a folder that is out of date."""
+    """For example, when one of them reads a folder that is out of date."""
     finds = "        paths = snapshots(self.path, sharded)\n"
     root = planted(tmp_path / "root", step)
     planted(
@@ -223,7 +223,7 @@ def test_ranks_that_start_from_different_places_are_told(whole, tmp_path, step):
     ]
 
 
-# A model with dropout, which the ones here do without. Each process writes down the masks that it draws.
+# A model with dropout, which our models do not have. Each process writes down the masks that it draws.
 DROPOUT = [
     ("nn.Flatten(),", "nn.Sequential(nn.Flatten(), Told()),"),
     (
@@ -269,7 +269,7 @@ CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("03", "04") e
 @pytest.mark.few(3)
 @pytest.mark.parametrize(("step", "without"), CASES)
 def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
-    """Of each rank, which has its own; and without a guard it is seen."""
+    """Each rank has its own random numbers. Without one of the guards, the test sees a difference."""
     ranks, batch = ranks_of(step), f"--batch-size={GLOBAL_BATCH // ranks_of(step)}"
     root = planted(tmp_path, "common/models.py", *DROPOUT, steps=(step,))
     if GUARDS[without]:
@@ -284,12 +284,12 @@ def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
     print(f"with dropout, without {without}: resumed after step 80, weights {difference}")
     assert len(run.losses) == 15
     right = [
-        ranks == 1 or not set(drawn[0]) & set(drawn[1]),  # of thousands of places: no two masks alike
+        ranks == 1 or not set(drawn[0]) & set(drawn[1]),  # masks have thousands of places: no two are alike
         sorted(one[80:] for one in drawn) == sorted(again),
         difference == 0.0,
     ]
     assert all(right) == (without == "nothing"), right
-    if step == "01":  # and from a later snapshot
+    if step == "01":  # also from a later snapshot
         interrupted({step: uninterrupted}, tmp_path / "later", step)
         last = "snapshot-00000090.pt"
         shutil.copy(uninterrupted.snapshot_dir / last, tmp_path / "later" / "snapshots")
@@ -301,18 +301,19 @@ def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["02", SHARDED])
 def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
-    """Neither as the run before has begun, nor alike on two ranks."""
+    """They are not those of a fresh run, and no two ranks have the same."""
     root = planted(tmp_path / "root", "common/models.py", *DROPOUT, steps=(step,))
     flags = [*FLAGS, f"--batch-size={GLOBAL_BATCH // 3}", "--verbose"]
     train(step, 3, tmp_path / "fresh", *flags, "--epochs=1", root=root)
     interrupted(whole, tmp_path, step)
     run = train(step, 3, tmp_path, *flags, root=root)
     drawn = [set(one[:15]) for one in (*masks(tmp_path / "fresh"), *masks(tmp_path))]
-    assert len(drawn) == 6 and len(set().union(*drawn)) > 0.95 * sum(map(len, drawn))  # few by chance
+    assert len(drawn) == 6 and len(set().union(*drawn)) > 0.95 * sum(map(len, drawn))  # few are equal
     said = [line for line in run.out.splitlines() if "random numbers start from a new seed" in line]
     print(said)
     assert sorted(said) == [
-        f"[rank {rank}] random numbers start from a new seed: the snapshot is of 2 ranks" for rank in range(3)
+        f"[rank {rank}] random numbers start from a new seed: the snapshot was saved by 2 ranks"
+        for rank in range(3)
     ]
 
 
@@ -323,7 +324,7 @@ def test_at_another_world_size_random_numbers_begin_anew(whole, tmp_path, step):
     ids=["rank 1", "rank 0, real torchrun"],
 )
 def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
-    """SIGKILL to one rank after step 32 of 95, while it waits: torchrun starts both again, from step 30."""
+    """SIGKILL one rank after step 32 of 95, while it waits: torchrun starts both again, from step 30."""
     go = tmp_path / "go"
     root = planted(tmp_path / "root", "03", pause(32, go))
     words = command("03", 2, root)
@@ -353,12 +354,12 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
 
 @pytest.mark.parametrize("step", ["01", "02", "03", "04", "05"])
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
-    """While the first one runs; and one that was killed leaves nothing locked."""
+    """While the first one runs. A run that was killed leaves nothing locked."""
     ranks = 1 if step == "01" else 3
     shared = ["--num-samples=96", "--batch-size=4", "--use-gpu=0", "--snapshot-dir=s"]
     shared += (
         ["--timeout=5"] if step > "01" else []
-    )  # in which the ranks must not give up on the one that waits
+    )  # in this time, the ranks must not give up on the one that waits
     endless = start([*command(step, ranks), *shared, "--epochs=9999", "--save-every=1"], tmp_path)
     try:
         wait_until(lambda: len(saved(tmp_path / "s")) > 1, "a snapshot")
@@ -368,7 +369,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
         )  # fmt: skip
         status, _, err = finish(start([*command(step, ranks, root), *shared, "--epochs=1"], tmp_path))
         print(status, err)
-        assert errors(err) == ["error: another run saves to s: wait for it, or choose another --snapshot-dir"]
+        assert errors(err) == ["error: another run is using s: wait for it, or choose another --snapshot-dir"]
         assert status == (1 if step > "02" else 2) and endless.poll() is None
     finally:
         kill([endless.pid, *children(endless.pid)])
@@ -382,7 +383,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
 
 @pytest.mark.parametrize("step", ["01", "03", "04", "05"])
 def test_flags_that_differ_from_the_snapshots_are_told(tmp_path, step):
-    """A smaller learning rate and more epochs may be meant; another schedule hardly."""
+    """Another learning rate and more epochs may be intended; another schedule is more likely a mistake."""
     flags = ["--num-samples=96", "--batch-size=4"]
     ranks = 1 if step == "01" else 3
     train(step, ranks, tmp_path, *flags, "--epochs=1")

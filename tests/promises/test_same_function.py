@@ -29,7 +29,7 @@ SIZES = [(model, ranks) for model in ("cnn", "vit") for ranks in (1, 2, 3)]
 
 
 def steps_and_sizes(*steps):
-    """`cnn` at all sizes. `vit`, of two blocks, takes longer: at 3 ranks, the rest in `make test-all`."""
+    """`cnn` at all sizes. `vit` takes longer: `make test` runs it only at 3 ranks, and not in step 05."""
     return pytest.mark.parametrize(
         ("step", "model", "ranks"),
         [
@@ -66,8 +66,8 @@ def test_fsdp_does_what_ddp_does(proof, step, ranks, model):
     run, other = proof(step, ranks, model), proof("03", ranks, model)
     difference = largest_difference(run.weights, other.weights)
     losses = (run.losses - other.losses).abs().max().item()
-    # Two numbers have one sum. Three are added in another order by a reduce-scatter than by an all-reduce,
-    # and vit makes more of the last bit than cnn does: see disagreements().
+    # Two numbers have only one sum. A reduce-scatter adds three in another order than an all-reduce does, and
+    # vit enlarges a difference in the last bit more than cnn does: see disagreements().
     tolerance = {1: 0.0, 2: 0.0, 3: 1e-10 if model == "vit" else 1e-12}[ranks]
     print(
         f"steps 03 and 05 at {ranks} ranks, {model}: weights {difference}, losses {losses} (<= {tolerance})"
@@ -80,12 +80,12 @@ def test_the_loss_falls(proof, model):
     losses = proof("01", 1, model).losses
     first, last = losses[:10].mean().item(), losses[-10:].mean().item()
     print(f"{model}: mean loss of the first ten steps {first:.3f}, of the last ten {last:.3f} (0.3 less)")
-    assert last < first - 0.3  # ten classes guessed at: 2.30, and it would stay there
+    assert last < first - 0.3  # guessing among ten classes gives 2.30, and the loss would stay there
 
 
 @pytest.mark.parametrize(("step", "ranks"), [("02", 3), ("03", 7), ("04", 4), ("05", 3)])
 def test_the_ranks_batches_together_are_the_batches_of_step_01(tmp_path, step, ranks):
-    """Image by image, in two epochs, from a trace of what each rank has drawn; 451 images have a tail."""
+    """Image by image, in two epochs, from a trace of what each rank draws; 451 images leave a remainder."""
     flags = ["--num-samples=451", "--epochs=2", "--seed=5"]
     for name, size in (("01", 1), (step, ranks)):
         root = traced(planted(tmp_path / name, name))
@@ -95,8 +95,8 @@ def test_the_ranks_batches_together_are_the_batches_of_step_01(tmp_path, step, r
     print(f"step {step}: {len(parts)} ranks, {len(together)} steps; step 01: {len(one)} steps")
     assert len(parts) == ranks and len(one) == 2 * (451 // 84)
     assert together == [sorted(batch) for batch in one]
-    assert one[0] != one[5], "the second epoch has the order of the first"
-    # Rank r of n reads images r, r + n, r + 2n … of the test set, and one of the first where none is left.
+    assert one[0] != one[5], "the second epoch has the same order as the first"
+    # Rank r of n reads images r, r + n, r + 2n … of the test set, and one of the first if none is left.
     images = [*range(75), *range(-75 % ranks)]
     read = [[*itertools.chain(*batches)] for batches in drawn(tmp_path / f"run {step}", 75)]
     assert sorted(read) == [2 * images[rank::ranks] for rank in range(ranks)]
@@ -112,11 +112,11 @@ def test_the_number_of_targets_is_exact_however_large(tmp_path, step):
         root = planted(tmp_path / f"root {name}", name, (count, f"{count} + {3 // ranks * (2**24 + 1)}"))
         flags = ["--num-samples=24", "--epochs=1", "--precision=float64", f"--batch-size={12 // ranks}"]
         losses.append(train(name, ranks, tmp_path / name, *flags, root=root).losses)
-    assert torch.allclose(*losses, rtol=1e-10, atol=0)  # the mistake would be 2e-8
+    assert torch.allclose(*losses, rtol=1e-10, atol=0)  # the bug would change them by 2e-8
 
 
 def test_the_scripts_are_these():
-    """A sixth folder would be left out of every test without a word."""
+    """Otherwise, every test could leave out a new folder, and nobody would notice."""
     assert list(FOLDERS) == ["01", "02", "03", "04", "05"]
     assert sorted(path.name for path in ROOT.glob("0*_*")) == list(FOLDERS.values())
 
@@ -124,9 +124,9 @@ def test_the_scripts_are_these():
 @pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_counts_are_exact_whatever_the_losses_dtype(tmp_path, step):
-    """A model that is bfloat16 itself has such losses: 601 test images are not 600.
+    """A bfloat16 model has bfloat16 losses, and bfloat16 would round 601 test images to 600.
 
-    Two ranks have 301 each, of which the last one of rank 1 is repeated: it comes in the second batch.
+    Two ranks have 301 images each. The last one of rank 1 is repeated, and comes in the second batch.
     """
     returns = "        return losses, correct, torch.ones_like(labels)"
     root = planted(tmp_path / "root", step, (returns, returns.replace("losses", "losses.bfloat16()")))

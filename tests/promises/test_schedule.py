@@ -1,7 +1,7 @@
-"""A schedule of the learning rate: the curve that is promised, alike in all steps, and after a resume.
+"""A schedule of the learning rate: the promised curve, the same in all steps, and after a resume.
 
-Promise: a schedule scales the learning rate that each group of the optimizer was built with, and, with any
-optimizer, changes nothing else. `constant` changes nothing at all.
+Promise: with any optimizer, a schedule scales the learning rate that each parameter group was built with, and
+changes nothing else. `constant` changes nothing at all.
 """
 
 import shutil
@@ -24,7 +24,7 @@ from helpers import (
 from common.schedule import Schedule, one_cycle
 from common.snapshot import snapshots
 
-# 19 steps of 12 images an epoch.
+# An epoch has 19 steps of 12 images.
 FLAGS = ["--num-samples=233", "--precision=float64", "--schedule=one-cycle", "--lr=0.01"]
 
 
@@ -33,13 +33,13 @@ def weight():
 
 
 def two_groups(kind=torch.optim.AdamW, **own):
-    """An optimizer as recipes have it: another learning rate for some of the parameters."""
+    """An optimizer as in many recipes: some of the parameters have another learning rate."""
     groups = [{"params": [weight()], "lr": 0.01}, {"params": [weight()], "lr": 0.0001}]
     return kind(groups, **own)
 
 
 def rates(name, total_steps, count):
-    """The learning rate of the first group in the first `count` steps; the second's is a hundredth."""
+    """The learning rate of the first group in the first `count` steps; the second has a hundredth of it."""
     optimizer = two_groups()
     schedule = Schedule(optimizer, name)
     found = []
@@ -52,7 +52,7 @@ def rates(name, total_steps, count):
 
 
 def test_one_cycle_is_torchs():
-    """But for where a step stands: of 1,000 the last is not quite at the end."""
+    """Except for the place of a step on the curve: the last of 1,000 steps is not quite at the end."""
     optimizer = torch.optim.AdamW([weight()])
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=1000, pct_start=0.3)
     theirs = []
@@ -62,7 +62,7 @@ def test_one_cycle_is_torchs():
         cycle.step() if len(theirs) < 1000 else None
     ours = rates("one-cycle", 1000, 1000)
     assert ours[0] == pytest.approx(0.0004) and max(ours) == ours[300] == 0.01 and ours[-1] < 1e-6
-    # At the steepest, half a cosine falls by 1.6 of its height in its length, and the rise has 300 steps.
+    # The steepest slope of half a cosine is 1.6 times its height over its length; the rise has 300 steps.
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 0.01 * 1.6 / 300
 
 
@@ -93,7 +93,7 @@ def test_it_touches_nothing_but_learning_rates(kind, own):
 
 
 def test_a_schedule_of_ones_own_is_left_alone():
-    """With `constant`, another scheduler of torch may set the learning rate."""
+    """With `constant`, one of torch's schedulers may set the learning rate."""
     optimizer = two_groups()
     ours = Schedule(optimizer, "constant")
     theirs = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -105,7 +105,7 @@ def test_a_schedule_of_ones_own_is_left_alone():
 
 
 def test_after_its_end_it_stays_there():
-    """As when a resumed run has fewer steps to go than the one before."""
+    """A resumed run may have fewer steps than the run before it."""
     assert rates("one-cycle", 10, 20)[10:] == [0.0] * 10
 
 
@@ -123,7 +123,7 @@ OWN = """    decayed, others = [], []
 @pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_an_optimizer_of_ones_own_stays_as_it_was_built(tmp_path, step):
-    """Two groups, with weight decay on some of the parameters: also after a resume, and to the last bit."""
+    """Two groups, with weight decay for some parameters. A resumed run ends the same, to the last bit."""
     ranks = ranks_of(step)
     flags = ["--num-samples=48", f"--batch-size={12 // ranks}", "--precision=float64"]
     root = planted(tmp_path / "root", step, (BUILT, OWN))
@@ -144,7 +144,7 @@ SCHEDULERS = {
 
 
 def with_scheduler(root, step, scheduler):
-    """A step in which one of torch's schedulers takes the place of ours, as the page says, and two groups."""
+    """A step with two groups, in which one of torch's schedulers replaces ours, as the page says."""
     edits = [
         ("Schedule(optimizer, args.schedule)", scheduler),
         ("        self.schedule.set_progress((self.epoch + seen) / self.args.epochs)\n", ""),
@@ -176,7 +176,7 @@ def said_rates(run):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("step", ["01", "03", SHARDED])
 def test_a_scheduler_of_torchs_takes_the_place_of_ours(tmp_path, step, name):
-    """With two groups, one of which starts at 1e-6; resumed, it continues to the last bit."""
+    """With two groups, one starting at 1e-6. A resumed run ends the same, to the last bit."""
     ranks = ranks_of(step)
     flags = ["--num-samples=48", f"--batch-size={12 // ranks}", "--precision=float64"]
     root = with_scheduler(tmp_path / "root", step, SCHEDULERS[name])
@@ -231,7 +231,7 @@ def test_resumed_it_goes_on_where_it_was(once, tmp_path, step):
 
 @pytest.mark.parametrize(("step", "before", "after"), [("03", 2, 3), (SHARDED, 3, 2)])
 def test_resumed_at_another_world_size_it_goes_on_from_the_same_place(tmp_path, step, before, after):
-    """The batch of a rank stays, so there are more steps in an epoch, or fewer; the rate must not jump."""
+    """A rank's batch stays the same, so an epoch has more steps, or fewer. The rate must not jump."""
     flags = ["--num-samples=240", "--batch-size=8", "--schedule=one-cycle", "--lr=0.01"]
     train(step, before, tmp_path, *flags, "--epochs=2", "--save-every=1000")
     says = after_a_step("self.report.say(f'rate {self.optimizer.param_groups[0][\"lr\"]!r}')")
@@ -244,7 +244,7 @@ def test_resumed_at_another_world_size_it_goes_on_from_the_same_place(tmp_path, 
 
 
 def test_a_resume_may_leave_it(once, tmp_path):
-    """Flags count, and nothing of the snapshot's schedule stays."""
+    """The flags decide, and nothing of the snapshot's schedule stays."""
     first = once("01", 1, *FLAGS, "--epochs=1", "--batch-size=12")
     [group] = first.state["optimizer"]["param_groups"]
     assert 0 < group["lr"] < 1e-3

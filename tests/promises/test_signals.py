@@ -1,4 +1,4 @@
-"""What a process makes of its signals, without a training around it."""
+"""How a process reacts to signals, without a training run around it."""
 
 import signal
 import sys
@@ -39,7 +39,7 @@ def test_those_that_come_together_are_one_and_a_later_one_ends_the_process(tmp_p
     status, out, err = finish(process)
     print(out, err)
     assert status == 128 + number
-    lost = "ends at once, and what was trained after the last snapshot is lost"
+    lost = "ending at once, and what was trained after the last snapshot is lost"
     assert errors(err) == [f"error: {number.name} for the second time: {lost}"]
 
 
@@ -51,7 +51,7 @@ def test_a_closed_terminal_is_no_second_signal(tmp_path):
     time.sleep(APART)
     process.send_signal(signal.SIGHUP)
     process.wait_for("noted 1\n")
-    time.sleep(0.2)  # in which a thread would end it
+    time.sleep(0.2)  # in this time, a thread would end it
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     status, _, err = finish(process)
@@ -74,7 +74,7 @@ stop.exit(None, 7)
 
 
 def test_a_process_without_others_decides_alone(tmp_path):
-    """And a problem counts for more than a signal; the first one is reported."""
+    """A problem counts for more than a signal, and the first problem is reported."""
     status, out, err = finish(start([sys.executable, "-c", ALONE], tmp_path))
     assert out.splitlines() == ["False 0", "True 15", f"True {PROBLEM} one"]
     assert errors(err) == ["error: one; saved at step 7: run the same command again to resume"]
@@ -99,13 +99,13 @@ def test_only_a_process_that_waits_for_a_batch_is_ended_after_one_signal(tmp_pat
     edit += f"GracefulStop.waiting_since = {since}\n"
     process = start([sys.executable, "-c", STUCK.replace("said, end", f"{edit}said, end")], tmp_path)
     process.wait_for("ready")
-    time.sleep(APART)  # it waits for longer than the limit, but not since a signal
+    time.sleep(APART)  # it has waited longer than the limit, but there was no signal
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.wait_for("noted 15")
     if waits:
         status, _, err = finish(process)
-        assert status == 143 and "error: SIGTERM, and no batch has come for 1 s: ends at once" in err
+        assert status == 143 and "error: SIGTERM, and no batch has come for 1 s: ending at once" in err
         return
     time.sleep(2 * APART)
     assert process.poll() is None
@@ -114,7 +114,7 @@ def test_only_a_process_that_waits_for_a_batch_is_ended_after_one_signal(tmp_pat
 
 
 class Seen(Dataset):
-    """What a process waits for while its dataset makes a sample."""
+    """A sample says whether its process was waiting while the sample was made."""
 
     def __len__(self):
         return 4

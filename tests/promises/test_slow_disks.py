@@ -1,4 +1,4 @@
-"""Disks that are slower than a time-out: planted pauses stand for the size of what is saved and loaded.
+"""Disks that are slower than a time-out: planted pauses stand in for large snapshots.
 
 Promise: a save or a load that takes longer than `--timeout` does not end the run. In step 05, no rank
 repeats what another rank reads or checks.
@@ -69,7 +69,7 @@ def test_each_rank_checks_its_own_files_and_a_part_of_those_it_finds(tmp_path, r
 
 
 def test_what_one_rank_finds_damaged_no_rank_loads(tmp_path):
-    """Each shard of the newest snapshot is another rank's to check."""
+    """Each shard of the newest snapshot is checked by a different rank."""
     flags = [*FLAGS, "--save-every=2"]
     run(SHARDED, 3, planted(tmp_path / "root", SHARDED), tmp_path, *flags, "--epochs=1")
     assert sorted(saved(tmp_path / "s")) == [2, 4]

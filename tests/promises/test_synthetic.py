@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
 
 
 def test_these_are_the_bytes_on_every_machine(train_set: tuple[Tensor, Tensor]) -> None:
-    """Whatever the processor, the threads and torch: figures that are told of them can be had again."""
+    """With any processor, number of threads and torch, so that published numbers can be reproduced."""
     found = [[zlib.crc32(tensor.numpy().data) for tensor in synthetic_digits(2_000, seed=0)]]
     found.append([zlib.crc32(tensor.numpy().data) for tensor in train_set])  # more than are drawn at once
     print(f"checksums of the images and the labels: {found}")

@@ -1,4 +1,4 @@
-"""A model and data of one's own: with the workshop's patches on a text, the steps keep their promises."""
+"""Your own model and data: with the workshop's patches for a text, the steps keep their promises."""
 
 import os
 import re
@@ -36,12 +36,12 @@ PATCHES = {
     "03": ("text_model.patch", 27, 27),
     "05": ("text_model_05.patch", 28, 28),
 }
-# 53 steps of 12 pieces an epoch. Neither 647 pieces nor the 107 to test on divide by 2 or 3.
+# An epoch has 53 steps of 12 pieces. 647 pieces and 107 test pieces are not divisible by 2 or 3.
 BATCH = 12
 PIECES = 647
 FLAGS = [f"--num-samples={PIECES}", "--epochs=2", "--vit-depth=2", "--precision=float64", "--save-every=30"]
 QUICK = [("03", 3, 1), ("05", 2, 2)]
-# A step, its ranks, and --accumulate, which step 03 has not.
+# A step, its ranks, and --accumulate, which step 03 does not have.
 GROWN = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in [
@@ -52,7 +52,7 @@ GROWN = [
 
 
 def apply(root, *steps):
-    """Copy the steps and `common` to `root`, and do there what text_model.py says."""
+    """Copy the steps and `common` to `root`, and apply the patches there, as text_model.py says."""
     for folder in ("common", *(FOLDERS[step] for step in steps)):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for step in steps:
@@ -63,13 +63,13 @@ def apply(root, *steps):
 
 @pytest.fixture(scope="session")
 def on_text(tmp_path_factory):
-    """A copy of the steps that have a patch, with it."""
+    """A copy of the steps that have a patch, with the patch applied."""
     return apply(tmp_path_factory.mktemp("on", numbered=False) / "text", *PATCHES)
 
 
 @pytest.fixture(scope="session")
 def proof(once, on_text):
-    """The run of a step on the text, with FLAGS, made once."""
+    """A step's run on the text with FLAGS, made only once."""
 
     def get(step, ranks=1, accumulate=1):
         flags = [*FLAGS, f"--batch-size={BATCH // ranks // accumulate}"]
@@ -80,7 +80,7 @@ def proof(once, on_text):
 
 
 def changed(patch):
-    """The lines that a patch takes out and puts in, for each file that it changes."""
+    """The lines that a patch removes and adds, for each file that it changes."""
     found = {}
     for line in (WORKSHOP / patch).read_text().splitlines():
         if line.startswith("+++ b/"):
@@ -99,11 +99,11 @@ def test_a_patch_is_short_and_leaves_common_alone(step):
     assert 0 < counts[f"{FOLDERS[step]}/train.py"].total() <= of_script
     assert sum(count.total() for count in counts.values()) <= in_all
     assert {Path(file).parts[0] for file in counts} == {FOLDERS[step]}
-    assert max(len(line) for lines in changed(patch).values() for line in lines) <= 101  # "+", and a slide
+    assert max(len(line) for lines in changed(patch).values() for line in lines) <= 101  # "+", and 100
 
 
 def lesson(step):
-    """The lines of its train.py that a patch changes, but for the docstring, in the words of step 01."""
+    """The lines of train.py that a step's patch changes, without the docstring, as step 01 has them."""
     lines = {line[1:].strip() for line in changed(PATCHES[step][0])[f"{FOLDERS[step]}/train.py"]}
     lines = {line for line in lines if not line.startswith(('"""', "$ ", "--"))}
     lines = {line.replace("self.ddp_model(", "self.model(") for line in lines}
@@ -111,7 +111,7 @@ def lesson(step):
 
 
 def test_the_patches_change_the_same_lines():
-    """But for step 05's units, and the flags' parser, which has a name there: a reader learns one of them."""
+    """Except for step 05's units, and its parser, which has a name there. So one patch is enough to learn."""
     one, three, five = map(lesson, PATCHES)
     print(sorted(one ^ five))
     assert len(one) > 15 and three == one
@@ -130,7 +130,7 @@ def test_the_patches_change_the_same_lines():
 @pytest.mark.sample(3)
 @pytest.mark.parametrize(("step", "ranks", "accumulate"), GROWN)
 def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks, accumulate):
-    """Although the ranks of a step, and the batches of a rank, have different numbers of characters."""
+    """Even though the ranks of a step, and the batches of a rank, have different numbers of characters."""
     run, reference = proof(step, ranks, accumulate), proof("01")
     assert len(run.losses) == 106
     _, labels = text_model.load_text(None, PIECES)[1].tensors
@@ -140,7 +140,7 @@ def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks, ac
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_have_different_numbers_of_characters(ranks):
-    """In nearly all steps of the runs above, or they would prove little."""
+    """In nearly all steps of the runs above: otherwise, these runs would prove little."""
     data, _ = text_model.load_text(None, PIECES)
     lengths = torch.tensor([len(piece) for piece in data.pieces])
     shares = []
@@ -158,7 +158,7 @@ def test_the_ranks_have_different_numbers_of_characters(ranks):
     [("03", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("01", 1), ("03", 2), ("05", 3)])],
 )
 def test_on_a_text_too_a_resumed_run_is_bit_identical(proof, on_text, tmp_path, step, ranks):
-    """From step 90 of 106, which is step 37 of the 53 of its epoch."""
+    """From step 90 of 106, which is step 37 of the 53 steps in its epoch."""
     whole = proof(step, ranks)
     (tmp_path / "snapshots").mkdir()
     [path] = [path for path in snapshots(whole.snapshot_dir, step == SHARDED) if step_of(path) == 90]
@@ -168,13 +168,13 @@ def test_on_a_text_too_a_resumed_run_is_bit_identical(proof, on_text, tmp_path, 
     print(f"{run.name}, resumed after step 90 of 106: {len(run.losses)} steps, weights {difference}")
     assert "resumed from snapshots: epoch 1, step 90\n" in run.out
     assert difference == 0.0
-    # Reported over other steps at a time: an all-reduce adds numbers of three ranks in another order then.
+    # The reports cover other groups of steps, so an all-reduce adds three ranks' losses in another order.
     assert (run.losses - whole.losses[90:]).abs().max() < 1e-14
     assert run.test == whole.test
 
 
 def test_it_learns_more_than_which_character_is_most_common(proof):
-    """On a text of sums which the text to train on does not have."""
+    """On a text of sums that are not in the training text."""
     run = proof("01")
     accuracies = [event["accuracy"] for event in run.events if event["event"] == "eval"]
     _, labels = text_model.load_text(None, PIECES)[1].tensors
@@ -187,7 +187,7 @@ def test_it_learns_more_than_which_character_is_most_common(proof):
 
 
 def test_no_guess_knows_what_follows():
-    """With all that stands behind it changed, a guess stays what it was; those behind it do not."""
+    """When all characters after it change, a guess stays the same; the guesses after it do not."""
     torch.manual_seed(0)
     model = text_model.Decoder(width=64, depth=2).double()
     text, other = torch.randint(256, (2, 3, text_model.LENGTH))
@@ -195,13 +195,13 @@ def test_no_guess_knows_what_follows():
         mixed = torch.cat([text[:, :known], other[:, known:]], dim=1)
         off = (model(text) - model(mixed)).abs().amax(dim=(0, 2))
         print(
-            f"{known} characters alike: guesses off by {off[:known].max():.1e}, behind them {off[known]:.1e}"
+            f"{known} characters alike: guesses off by {off[:known].max():.1e}, after them {off[known]:.1e}"
         )
         assert off[:known].max() < 1e-12 < 1e-3 < off[known]
 
 
 def test_each_character_is_guessed_once():
-    """From those before it in its piece; the first one, from the last one of the piece before."""
+    """From the ones before it in its piece; the first one, from the last one of the previous piece."""
     text = b"one\n\n" + bytes(range(32, 232)) + b"\nthe end"
     pieces = text_model.cut(text)
     assert b"".join(pieces) == text
@@ -218,7 +218,7 @@ def test_each_character_is_guessed_once():
 
 
 def test_padding_changes_no_guess():
-    """A piece that is padded gets the logits that it gets without its padding."""
+    """A padded piece gets the same logits as without its padding."""
     torch.manual_seed(0)
     model = text_model.Decoder(width=64, depth=2).double()
     texts, _ = text_model.Text([b"one and one is two\n"], "some").tensors
@@ -320,7 +320,7 @@ def test_step_05s_flags_change_nothing(proof, on_text, tmp_path, flags):
 
 @pytest.mark.slow
 def test_step_05s_units_are_the_blocks(proof):
-    """So the most that is gathered at a time is less than the whole: one block is not."""
+    """So at most the whole model without one block is gathered at a time."""
     memory = [event for event in proof("05", 2).events if event["event"] == "memory"][-1]
     gathered, whole = memory["ranks"][0][3], memory["ddp"][0]
     block = sum(weight.nbytes for weight in text_model.Block(64).double().parameters())
@@ -330,7 +330,7 @@ def test_step_05s_units_are_the_blocks(proof):
 
 @pytest.mark.slow
 def test_ranks_with_other_texts_are_told(tmp_path):
-    """As on nodes of which one has another text."""
+    """For example, when one node has another text."""
     root = apply(tmp_path / "root", "05")
     planted(root, "05", ("load_text(args.data_dir,", "load_text(args.data_dir / os.environ['RANK'],"))
     for rank in "01":
@@ -345,7 +345,7 @@ def test_ranks_with_other_texts_are_told(tmp_path):
 
 @pytest.mark.slow
 def test_the_commands_run_as_written(tmp_path):
-    """Those of text_model.py's docstring, which are the page's, and back."""
+    """The commands of text_model.py's docstring, which are also the page's, and the way back."""
     for name in ("common", "workshop", FOLDERS["03"]):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     lines = re.findall(r"^    (\S.*)$", text_model.__doc__, re.M)

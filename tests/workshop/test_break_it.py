@@ -1,4 +1,4 @@
-"""The break-it cards: what a card quotes is what comes, and without the card's change it does not come."""
+"""The break-it cards: what a card quotes is what happens, and without the card's change, it does not."""
 
 import os
 import py_compile
@@ -36,7 +36,7 @@ def fences(number, language):
 
 
 def ask(folder, *words, real=False, timeout=400):
-    """What break_it.py answers: its status, what it prints, and its errors."""
+    """Run break_it.py; return its status, its output, and its errors."""
     process = start([sys.executable, str(BREAK_IT), *words], folder, real, PATH=paths(real))
     status, out, err = finish(process, timeout)
     print(out, err)
@@ -58,7 +58,7 @@ def test_without_the_change_it_does_not_come(tmp_path, number):
     status, out, err = ask(tmp_path, number, "--unbroken")
     assert status == 0 and err == "" and "The change" not in out
     assert not quoted_pattern(fences(number, "text")[0]).search(out)
-    # And what comes is what the steps do when they are well.
+    # What happens instead is what the unbroken steps do.
     assert "Traceback" not in out and "would not end by itself" not in out
     if "labels" in FACTS[number] and "lines" not in FACTS[number]:
         both = re.findall(r"^both: +epoch .*test loss .*$", out, re.M)
@@ -79,7 +79,7 @@ def test_the_diagnosis_says_what_the_card_quotes(tmp_path, number):
     for quoted in quotes:
         assert quoted_pattern(quoted).search(out), quoted
     said = out.partition("fr_trace flight\n")[2]
-    if number == "08":  # rank 0 against both others, or both against rank 0: as the files come
+    if number == "08":  # rank 0 against both others, or both against rank 0: the files' order decides
         both = r"Culprit rank ([12]); .*Culprit rank (?!\1)[12]; "
         assert re.search(f"Culprit rank 0; |{both}", said)
         assert "'barrier'" in said and "'all_reduce'" in said
@@ -95,7 +95,7 @@ def test_with_one_folder_a_restart_goes_on(tmp_path):
     script = tmp_path / "copy" / "03_multigpu_torchrun" / "train.py"
     lines = script.read_text().splitlines(keepends=True)
     script.write_text("".join(line for line in lines if "mkdtemp" not in line))
-    _, *words = shlex.split(FACTS["13"]["commands"][0])  # behind the variable
+    _, *words = shlex.split(FACTS["13"]["commands"][0])  # without the variable
     words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     process = start(words, tmp_path / "copy", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     status, out, err = finish(process)
@@ -106,7 +106,7 @@ def test_with_one_folder_a_restart_goes_on(tmp_path):
 
 @pytest.mark.parametrize("number", CARDS)
 def test_each_change_fits_the_scripts(tmp_path, number):
-    """And leaves Python behind, in the files that it names and in no others."""
+    """It changes the files that it names and no others, and they are still Python."""
     break_it = load(BREAK_IT)
     break_it.copy_project(tmp_path, CARDS[number])
     before = {path: path.read_text() for path in tmp_path.rglob("*.py")}
@@ -126,7 +126,7 @@ def test_each_change_fits_the_scripts(tmp_path, number):
 
 @pytest.mark.parametrize("number", CARDS)
 def test_a_page_is_whole(number):
-    """Title, command, symptom, question, and behind a click the reason, the diagnosis and the fix."""
+    """Title, command, symptom, question and, after a click, the reason, the diagnosis and the fix."""
     text, facts = page(number), FACTS[number]
     assert text.splitlines()[0] == f"# {number} · {facts['title']}"
     [asked] = fences(number, "bash")
@@ -153,9 +153,9 @@ def test_without_a_number_it_lists_the_cards(tmp_path):
 WRONG = {
     "99": "there is no card 99: take one of 01, 02, ",
     "seven": "there is no card seven: take one of 01, ",
-    "01 --diagnose": "card 01 needs no tool: its page tells how to find the reason",
+    "01 --diagnose": "card 01 needs no tool: its page says how to find the reason",
     "01 --broken": "unrecognized arguments: --broken (--help lists the flags)",
-    "01 --into .": ". is there already: name a folder that is not",
+    "01 --into .": ". already exists: name a folder that does not",
 }
 
 

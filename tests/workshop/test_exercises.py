@@ -23,11 +23,11 @@ CHECK = [sys.executable, str(WORKSHOP / "check.py")]
 
 
 def checked(folder, number, text):
-    """What check.py says of a file with this text: its status, and its lines."""
+    """Run check.py on a file with this text; return its status and its output."""
     file = folder / "answer.py"
     file.write_text(text)
     with contextlib.ExitStack() as stack:
-        if "todo" in ABOUT(FOLDERS[number]):  # many ranks: two files at a time, or they seem to hang
+        if "todo" in ABOUT(FOLDERS[number]):  # many ranks: only two files at a time, or they seem to hang
             lock = folder.parents[1] / f"judging-{zlib.crc32(folder.name.encode()) % 2}.lock"
             stack.enter_context(FileLock(lock, timeout=600))
         status, out, err = finish(start([*CHECK, number, str(file)], folder), 60)
@@ -36,7 +36,7 @@ def checked(folder, number, text):
 
 
 def broken(out):
-    """The promise that is broken, and what is said of it."""
+    """The promise that is broken, and what the output says about it."""
     [promise] = re.findall(r"^  broken  (.*)$", out, re.M)
     return promise, out.partition(promise)[2]
 
@@ -47,7 +47,7 @@ def test_our_solution_passes(tmp_path, number):
     assert status == 0 and "passed in" in out and "broken" not in out
     promises = re.findall(r"^  kept    (.*)$", out, re.M)
     assert len(promises) >= 4 and max(Counter(promises).values()) == 1
-    assert "One thing more: " in out
+    assert "One more thing: " in out
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -1,4 +1,4 @@
-"""The notebooks: what `make docs` makes of pages and scripts, and they run from top to bottom.
+"""The notebooks: they are what `make docs` makes from pages and scripts, and run from top to bottom.
 
 Promise: each walkthrough.ipynb writes its step's script and runs it. A cell fails when its command fails.
 """
@@ -21,7 +21,7 @@ from docs.generate import notebooks
 STEPS = list(FOLDERS)
 NEEDED = [".gitignore", "common", "workshop", "tests", "launch_multinode.sh", "requirements.txt"]
 WRITES = re.compile(r"%%writefile (-a )?(\S+)\n")
-SECONDS = 170  # for a cell, on a machine that has other work; a whole notebook takes half a minute alone
+SECONDS = 170  # for a cell, on a busy machine; on an idle one, a whole notebook takes half a minute
 
 
 def read(step):
@@ -33,7 +33,7 @@ def code(notebook):
 
 
 def running(notebook):
-    """The cells up to the one that runs the script, without the pages' words."""
+    """The cells up to the one that runs the script, without the pages' text."""
     cells = code(notebook)
     last = next(i for i, cell in enumerate(cells) if cell.source.startswith("%%bash"))
     notebook.cells = cells[: last + 1]
@@ -42,7 +42,7 @@ def running(notebook):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """A function that runs a notebook in a folder as Jupyter does; what Jupyter leaves goes to tmp_path."""
+    """A function that runs a notebook in a folder as Jupyter does; Jupyter's own files go to tmp_path."""
     own = {name: str(tmp_path / name) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR")}
     for name, folder in own.items():
         monkeypatch.setenv(name, folder)
@@ -84,7 +84,7 @@ def git(folder, *words):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_notebook_is_as_make_docs_makes_it(step):
-    """The same twice, and the same as the file."""
+    """Made twice, it is the same, and it is the same as the file."""
     made = notebooks.notebook(step)
     assert made == notebooks.notebook(step)
     now = notebooks.path_of(step).read_text()
@@ -104,11 +104,11 @@ def test_a_notebook_is_valid_and_has_no_output(step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_the_cells_write_the_steps_script(step):
-    """Byte for byte: not even the line that finds `common` differs, because the two lie in one folder."""
+    """Byte for byte: not even the line that finds `common` differs, because both are in one folder."""
     name, written = f"{FOLDERS[step]}/my_train.py", ""
     for cell in code(read(step)):
         if (found := WRITES.match(cell.source)) and found[2] == name:
-            assert bool(found[1]) == bool(written), "the first cell makes the file, the others add to it"
+            assert bool(found[1]) == bool(written), "the first cell creates the file, the others add to it"
             written += f"{cell.source[found.end() :]}\n"
     assert written == (ROOT / FOLDERS[step] / "train.py").read_text()
 
@@ -133,7 +133,7 @@ def test_links_and_pictures_of_a_notebook_are_there(step):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_notebook_runs_from_top_to_bottom(step, copy, execute):
-    """It draws a loss, an exercise is not solved, and git sees nothing new. Its Python has not met torch."""
+    """It draws a loss, the exercise is not solved, git sees nothing new. Its Python starts without torch."""
     notebook = read(step)
     assert notebook.metadata.kernelspec.name == "python3"
     untouched = nbformat.v4.new_code_cell("import sys\nassert 'torch' not in sys.modules", id="untouched")
@@ -168,7 +168,7 @@ def test_a_cell_fails_when_its_command_fails(step, copy, execute):
 
 @pytest.mark.slow
 def test_the_cell_of_an_exercise_fails_when_there_is_nothing_to_judge(copy, execute):
-    """check.py ends with 1 when an exercise is not solved, with 2 when the question was wrong."""
+    """check.py exits with 1 if an exercise is not solved, and with 2 if the command was wrong."""
     notebook = read("02")
     setup = code(notebook)[0]
     [check] = [cell for cell in code(notebook) if "workshop/check.py" in cell.source]
@@ -181,7 +181,7 @@ def test_the_cell_of_an_exercise_fails_when_there_is_nothing_to_judge(copy, exec
 @pytest.mark.sample(1)
 @pytest.mark.slow
 def test_the_first_cell_fetches_the_repository_where_there_is_none(tmp_path, copy, execute):
-    """As on a hosted notebook, where a notebook comes alone; a second time, it finds it."""
+    """As on a hosted service, where a notebook comes alone. A second time, it finds the repository."""
     notebook = running(read("01"))
     setup = notebook.cells[0]
     assert setup.source.count(notebooks.REPOSITORY) == 1

@@ -1,4 +1,4 @@
-"""The workshop's pages: the plans add up, links lead somewhere, every exercise is told as it is."""
+"""The workshop's pages: the plans add up, links lead somewhere, pages and exercises match."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ WORKSHOP = ROOT / "workshop"
 EXERCISES = sorted(path.parent for path in WORKSHOP.glob("exercises/*/exercise.toml"))
 CHECK = [sys.executable, str(WORKSHOP / "check.py")]
 FENCED = r"((?:(?!```).*\n)*)"
-# Commands, and behind them what they print: of a misconception's experiment, and of what an instructor shows.
+# Commands and what they print: those of the experiments on misconceptions, and those that instructors show.
 SAID = [
     (f"{page} {i}", *found)
     for page in ("README.md", "GUIDE.md")
@@ -54,7 +54,7 @@ def test_the_pages_links_lead_somewhere():
 
 
 def test_each_exercise_has_its_page():
-    """With its number and its minutes; where a promise sends its reader, there is something to read."""
+    """With its number and its minutes. Each place to which a promise sends its reader exists."""
     for folder in EXERCISES:
         page, facts = (folder / "README.md").read_text(), (folder / "exercise.toml").read_text()
         assert page.startswith(f"# {folder.name[:2]} · ")
@@ -69,7 +69,7 @@ def test_each_exercise_has_its_page():
 
 
 def test_what_is_given_is_alike_in_starter_and_solution():
-    """So that a learner's file and ours are trained, cut and sharded alike."""
+    """So that a learner's file and ours are trained, cut and sharded in the same way."""
     found = 0
     for folder in EXERCISES:
         if not (folder / "start.py").exists():
@@ -108,7 +108,7 @@ def test_a_wrong_question_is_answered_with_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("commands", "quoted"), [said[1:] for said in SAID], ids=[said[0] for said in SAID])
 def test_the_commands_print_what_the_page_says(tmp_path, commands, quoted):
-    """In the shell, in a copy: they write snapshots where they are called."""
+    """In a shell, in a copy: the commands write snapshots to the folder that they run in."""
     for name in ("common", *FOLDERS.values()):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "workshop").mkdir()
@@ -133,7 +133,7 @@ def test_every_misconception_has_its_experiment():
 
 
 def test_the_cheat_sheet_has_one_page_and_says_what_its_text_says():
-    """Written by `make docs`; when the text has changed, run that again."""
+    """`make docs` writes it: run that again when the text has changed."""
     [page] = pypdf.PdfReader(WORKSHOP / "cheatsheet.pdf").pages
     text = re.sub(r"^[-| ]+$|[`*|#]", " ", (WORKSHOP / "CHEATSHEET.md").read_text(), flags=re.M)
     assert Counter(re.findall(r"\S", text)) == Counter(re.findall(r"\S", page.extract_text()))

@@ -53,7 +53,7 @@ def by_hand(theirs, rank, ranks):
 
 PROMISES = [
     Promise("every rank has the sum of all ranks' tensors", sums, TOLD),
-    Promise("so it is when the length is no multiple of the number of ranks", ragged, TOLD),
+    Promise("also if the length is not a multiple of the number of ranks", ragged, TOLD),
     Promise("the tensor that was given stays as it was", unchanged, TOLD),
     Promise("only send and receive move numbers between ranks", by_hand, TOLD),
     Promise("a rank sends to its right neighbour, and to nobody else", neighbours, TOLD),

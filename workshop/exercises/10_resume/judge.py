@@ -33,7 +33,7 @@ def stopped(theirs, kind: Callable, before: int, after: int):
     file = io.BytesIO()
     torch.save(theirs.state(training), file)
     for _ in range(2):
-        training.step()  # the first run goes on for a while: what was saved must not change with it
+        training.step()  # the first run continues for a while: what was saved must not change with it
     torch.manual_seed(123)
     resumed = kind(seed=5)
     theirs.resume(resumed, torch.load(io.BytesIO(file.getvalue())))
@@ -85,9 +85,9 @@ def kept(theirs, rank, ranks):
 ALONE = (1,)  # a training of one process
 PROMISES = [
     Promise("the weights are those that were saved", at_once, TOLD, ALONE),
-    Promise("it goes on in the same epoch, after the same sample", where, TOLD, ALONE),
+    Promise("it resumes in the same epoch, after the same sample", where, TOLD, ALONE),
     Promise("the next step is that of a run without a stop: the optimizer remembers", one_more, TOLD, ALONE),
     Promise("six steps more are the same, too, into the next epoch", next_epoch, TOLD, ALONE),
-    Promise("so they are with dropout: random numbers go on as well", dropout, TOLD, ALONE),
+    Promise("also with dropout: random numbers resume, too", dropout, TOLD, ALONE),
     Promise("saving changes nothing in the training", kept, TOLD, ALONE),
 ]
