@@ -69,7 +69,7 @@ def vit(width: int, depth: int) -> nn.Module:
 
 
 def build_model(name: str, precision: str = "float32", vit_width: int = 64, vit_depth: int = 4) -> nn.Module:
-    """The model `cnn`, `resnet18` or `vit`, initialised from the global random state.
+    """The model `cnn`, `resnet18` or `vit`, initialized from the global random state.
 
     With the precision `float64` it has the numbers of float32, cast.
     """

@@ -64,7 +64,7 @@ def ranks_sharing(folder: Path) -> list[int]:
     snapshot.check_folder(folder)
     for mark in folder.glob(".mark-*"):
         with contextlib.suppress(FileNotFoundError):  # another rank has deleted it
-            if time.time() - mark.stat().st_mtime > 3600:  # of a run that was killed in here
+            if time.time() - mark.stat().st_mtime > 3600:  # left by a run that was killed in this function
                 mark.unlink()
     mark = folder / f".mark-{uuid.uuid4()}"
     mark.touch()

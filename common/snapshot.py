@@ -34,7 +34,7 @@ FORMAT = 3
 WRITER = f"Python {platform.python_version()}, torch {torch.__version__}".encode()[:64].ljust(64)
 REMEDY = "make room, make it writable, or choose another --snapshot-dir"
 CHUNK = 1 << 24  # bytes of a file that are in memory at a time
-SECONDS_FOR_THE_LAST_RUN = 20.0  # to end, when its launcher has ended already
+SECONDS_FOR_THE_LAST_RUN = 20.0  # for an earlier run to end after its launcher
 KEEP = 3  # the newest can be damaged by a disk, and the one before it by the same fault
 
 
@@ -86,9 +86,10 @@ class ChecksumFile:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to the file `path` in one go, or raise OSError; TypeError if `read` would refuse it.
+    """Write `state` to the file `path`, whole or not at all.
 
-    Tensors go from where they are to the disk: no second copy of the state is made in memory.
+    Raises OSError, and TypeError if `read` would refuse the file. Tensors go from where they are to the
+    disk: no second copy of the state is made in memory.
     """
     temporary = unfinished(path)
     try:
@@ -307,7 +308,7 @@ class SnapshotFolder:
                 fail(f"{path} {difference}{writer}: use the same, or another --snapshot-dir")
 
     def check_flags(self, state: dict[str, Any]) -> None:
-        """Report flags that differ from those in the snapshot `state`; `fail` if one rarely should."""
+        """Warn about flags that differ from those in `state`; `fail` if one of them is not OFTEN_CHANGED."""
         before = state.get("flags", {})
         if not isinstance(before, dict):
             fail(f"{state['path']} has flags that are not a dict: use another --snapshot-dir")

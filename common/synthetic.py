@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDE = 28
-POINTS_PER_STROKE = 48  # close enough for neighbouring dots of the pen to merge into a line
+POINTS_PER_STROKE = 48  # close enough for neighboring dots of the pen to merge into a line
 CHUNK = 512  # digits drawn at once: keeps the intermediates near 100 MB, however many digits are asked for
 
 # The ways to write each digit: the points "xy" that a pen visits on a ten-by-ten grid, y pointing down; "/"
@@ -27,7 +27,7 @@ GLYPHS = {
 
 
 def synthetic_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw `count` labelled digits, white on black; the same arguments always give the same bytes.
+    """Draw `count` labeled digits, white on black; the same arguments always give the same bytes.
 
     Returns `images`, uint8 (count, 28, 28) from 0 (black) to 255 (white), and shuffled `labels`, int64
     (count,), equally many of each to within one. The global random state is neither read nor changed.

@@ -21,13 +21,14 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
 
 from doctor import ROOT, OneLineParser, damage, python_of, quoted, reach, stop  # noqa: E402
 
+COPY = HERE.parents[1]  # of the folder DIR, for `install`: this file is then in DIR/bundle
 OWN_PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 # Names that are not packed if there is no git to say what belongs to the repository.
 LEFT_OUT = {".git", ".venv", "data", "checkpoints", "mine", "__pycache__", ".DS_Store", ".mutants"}
@@ -88,8 +89,9 @@ def prepare(args: argparse.Namespace) -> None:
     bundle = args.dir / "bundle"
     wheels = bundle / "wheels"
     complete = bundle / "bundle.json"  # written last, so that an incomplete bundle has none
-    wheels.mkdir(parents=True, exist_ok=True)
     complete.unlink(missing_ok=True)
+    shutil.rmtree(wheels, ignore_errors=True)  # pip could choose one that an earlier `prepare` has left
+    wheels.mkdir(parents=True)
     print(f"repository: {pack_repository(bundle / 'repository.tar', args.dir)}", flush=True)
     collect_mnist(args.data_dir, args.dir / "data" / "MNIST" / "raw")
     (bundle / "requirements.txt").write_text("\n".join(read_requirements(args.requirements)) + "\n")
@@ -116,13 +118,14 @@ def pack_repository(file: Path, folder: Path) -> str:
             stop(f"git could not pack the repository: {done.stderr.strip()}", 1)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
         changed = len(status.stdout.splitlines())
-        missing = f"; files not in it, because they are not committed: {changed}" if changed else ""
+        missing = f"; changes not in it, because they are not committed: {changed}" if changed else ""
         return f"its newest commit{missing}"
 
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path = ROOT / member.name
         is_cache = path.name.startswith(".") and path.name.endswith("_cache")
-        is_left_out = is_cache or path.name in LEFT_OUT or path.resolve() == folder.resolve()
+        is_bundle = path.resolve() in (folder.resolve(), folder.resolve() / "bundle")
+        is_left_out = is_cache or is_bundle or path.name in LEFT_OUT
         return None if is_left_out else member
 
     with tarfile.open(file, "w") as tar:
@@ -179,8 +182,8 @@ def collect_wheels(bundle: Path, name: str, python: str, index: str) -> None:
         stop(f"pip did not find all wheels for {name} and Python {python}; its message is above", 1)
 
 
-def run_pip(name: str, python: str, *words: str) -> None:
-    """In a child process: run pip for another platform.
+def run_pip(name: str, python: str, *words: str) -> NoReturn:
+    """In a child process of `collect_wheels`: run pip for another platform, and exit.
 
     Its flag --platform chooses the wheels. But pip asks this machine whether to install a requirement with
     `platform_system == "Linux"`, so it gets the other platform's answers here.
@@ -255,8 +258,8 @@ def install_wheels(bundle: Path, to: Path) -> None:
     words = [str(python_of(to)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     words += ["--no-index", f"--find-links={bundle / 'wheels'}"]
     words += [f"--requirement={bundle / 'requirements.txt'}"]
-    # A laptop's own settings could send pip to a network. --isolated ignores its variables, the line after
-    # it its configuration files.
+    # A laptop's own settings could send pip to a network. --isolated ignores pip's environment variables, and
+    # PIP_CONFIG_FILE its configuration files.
     words.append("--isolated")
     if subprocess.run(words, env={**os.environ, "PIP_CONFIG_FILE": os.devnull}).returncode:
         stop("pip could not install the wheels; its message is above", 1)
@@ -279,12 +282,15 @@ def main() -> int:
     add("--index-url", default="", metavar="URL", help="more wheels for Linux, such as those only for CPUs")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where MNIST is, or goes (data)")
     command = commands.add_parser("install", help="set up this machine from the folder", allow_abbrev=False)
-    command.add_argument("--to", type=Path, default=ROOT, metavar="FOLDER", help="where it is set up (DIR)")
+    command.add_argument("--to", type=Path, default=COPY, metavar="FOLDER", help="where it is set up (DIR)")
     args = parser.parse_args()
-    if args.command == "prepare":
-        prepare(args)
-    else:
-        install(ROOT, args.to.resolve())
+    try:
+        if args.command == "prepare":
+            prepare(args)
+        else:
+            install(COPY, args.to.resolve())
+    except OSError as error:
+        stop(f"{error}; make room, make it writable, or choose another folder", 1)
     return 0
 
 

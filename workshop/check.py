@@ -27,13 +27,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 MINE = HERE / "mine"
-COLOURS = {"red": "31", "green": "32", "yellow": "33", "faint": "2"}
+COLORS = {"red": "31", "green": "32", "yellow": "33", "faint": "2"}
 
 
-def say(text: str = "", colour: str = "") -> None:
-    """Print a line, in a colour if this is a terminal."""
-    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        text = f"\033[{COLOURS[colour]}m{text}\033[0m"
+def say(text: str = "", color: str = "") -> None:
+    """Print a line, in a color if this is a terminal."""
+    if color and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\033[{COLORS[color]}m{text}\033[0m"
     print(text, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The difference between two neighbouring steps, a piece at a time, in the order of the later step's page.
+"""The difference between two neighboring steps, a piece at a time, in the order of the later step's page.
 
     python workshop/diff_steps.py 02 03                  one piece after another: Enter continues, q quits
     python workshop/diff_steps.py 02 03 --list           the pieces
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 from docs.generate.pieces import FOLDERS
 from docs.generate.stops import Stop, stops
 
-COLOURS = {"-": "31", "+": "32", "heading": "1", "faint": "2"}
+COLORS = {"-": "31", "+": "32", "heading": "1", "faint": "2"}
 
 
 def stop(message: str) -> NoReturn:
@@ -31,10 +31,10 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def say(text: str = "", colour: str = "") -> None:
-    """Print a line, in a colour if this is a terminal."""
-    if colour and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        text = f"\033[{COLOURS[colour]}m{text}\033[0m"
+def say(text: str = "", color: str = "") -> None:
+    """Print a line, in a color if this is a terminal."""
+    if color and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\033[{COLORS[color]}m{text}\033[0m"
     print(text, flush=True)
 
 
@@ -90,9 +90,9 @@ def main() -> None:
     before, after = (step.zfill(2) for step in (args.before, args.after))
     for step in (before, after):
         if step not in FOLDERS:
-            stop(f"there is no step {step}: take two neighbours of {', '.join(FOLDERS)}")
+            stop(f"there is no step {step}: take two neighbors of {', '.join(FOLDERS)}")
     if int(after) != int(before) + 1:
-        stop(f"step {after} does not follow step {before}: take two neighbours, the earlier one first")
+        stop(f"step {after} does not follow step {before}: take two neighbors, the earlier one first")
     pieces = [piece for piece in stops(after) if piece.request]
     if args.list:
         width = max(len(piece.name) for piece in pieces)

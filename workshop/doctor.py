@@ -215,6 +215,8 @@ def torch_is_there() -> Finding:
     """A torch that can be imported, in a version that requirements.txt allows."""
     if "torch" not in facts():
         return "red", facts()["torch_error"], install_all()
+    if "torch_error" in facts():  # it can be imported, but not used
+        return "red", facts()["torch_error"], reinstall()
     version = facts()["torch"]
     requirements = ROOT / "requirements.txt"
     text = requirements.read_text() if requirements.exists() else ""
@@ -258,14 +260,14 @@ def gpus() -> Finding:
     unused = nvidia_gpus()
     if not unused:
         return "green", "none, so the scripts use the CPU", ""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        found = f"{unused[0]}, hidden by CUDA_VISIBLE_DEVICES='{visible}'"
-        return "yellow", found, "unset CUDA_VISIBLE_DEVICES"
     if "torch" not in facts():
         return no_torch()
     if not facts().get("cuda"):
         return "yellow", f"{unused[0]}, but this torch is only for CPUs", reinstall()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        found = f"{unused[0]}, hidden by CUDA_VISIBLE_DEVICES='{visible}'"
+        return "yellow", found, "unset CUDA_VISIBLE_DEVICES"
     found = f"torch for CUDA {facts()['cuda']} cannot use {unused[0]}: is its driver too old?"
     return "red", found, "export CUDA_VISIBLE_DEVICES=  # use the CPU until there is a newer driver"
 
@@ -348,8 +350,8 @@ def host_name() -> Finding:
         return "red", f"{LOCAL_ADDR}: {problem}", f"unset {LOCAL_ADDR}"
     if problem:
         problem += ", and torchrun's ranks meet there"
-        colour, found, _ = ranks()  # they meet at 127.0.0.1
-        if colour == "green":
+        color, found, _ = ranks()  # they meet at 127.0.0.1
+        if color == "green":
             return "red", problem, f"export {LOCAL_ADDR}=127.0.0.1"
         found = f"{problem}; with {LOCAL_ADDR}=127.0.0.1: {found}"
         return "red", found, add_to_hosts("127.0.0.1", meeting)
@@ -391,8 +393,8 @@ def be_a_rank() -> None:
 
 def ranks(seconds: float = 180) -> Finding:
     """Two ranks of torchrun that meet at 127.0.0.1 and do an all-reduce."""
-    colour, found, fix = loopback()
-    if colour == "red":  # the ranks would wait for each other until the end
+    color, found, fix = loopback()
+    if color == "red":  # the ranks would wait for each other until the end
         return "red", f"not tried: {found}", fix
     if "torch" not in facts():
         return no_torch()
@@ -465,8 +467,10 @@ def mnist(data_dir: Path) -> Finding:
     if damaged:
         found = f"{raw / damaged[0]} {problems[damaged[0]]}"
         return "red", found, quoted("rm", *(raw / name for name in damaged))
-    why = "torchvision, which lists the mirrors, cannot be imported"
-    for mirror in facts().get("mirrors", []):
+    if "mirrors" not in facts():
+        return "red", f"not in {data_dir}, and downloading it needs torchvision", install_all()
+    why = "there is none"
+    for mirror in facts()["mirrors"]:
         why = reach(f"{mirror}train-images-idx3-ubyte.gz")
         if not why:
             return "green", f"not in {data_dir} yet; the first run downloads it", ""
@@ -495,9 +499,11 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
         return "green", "this system needs none", ""
     if not folder.is_dir():
         return "red", f"{folder} does not exist", as_root(f"mount --mkdir -t tmpfs tmpfs {quoted(folder)}")
-    free = shutil.disk_usage(folder).free / 10**6
+    usage = shutil.disk_usage(folder)
+    free = usage.free / 10**6
     found = f"{free:,.0f} MB are free in {folder}"
-    fix = as_root(f"mount -o remount,size=1G {quoted(folder)}")
+    larger = usage.total // 10**6 + 1000
+    fix = as_root(f"mount -o remount,size={larger}M {quoted(folder)}")
     if free < 32:
         return "red", f"{found}: too little for --num-workers", fix
     if free < 256:
@@ -547,27 +553,27 @@ def examine(data_dir: Path, only: list[str], as_json: bool) -> int:
     for name, check in checks(data_dir).items():
         if only and name not in only:
             continue
-        colour, found, fix = check()
-        count[colour] += 1
-        results.append({"check": name, "status": colour, "found": found, "fix": fix})
+        color, found, fix = check()
+        count[color] += 1
+        results.append({"check": name, "status": color, "found": found, "fix": fix})
         if not as_json:
-            print(f"{painted(colour)}  {name:<13}  {found}", flush=True)
+            print(f"{painted(color)}  {name:<13}  {found}", flush=True)
             if fix:
                 print(f"{'':8}fix it with:  {fix}", flush=True)
     if as_json:
         print(json.dumps({"ok": not count["red"], **count, "checks": results}, indent=1))
     else:
         ready = "This machine is not ready." if count["red"] else "This machine is ready."
-        print(f"\n{', '.join(f'{number} {colour}' for colour, number in count.items())}. {ready}")
+        print(f"\n{', '.join(f'{number} {color}' for color, number in count.items())}. {ready}")
     return 1 if count["red"] else 0
 
 
-def painted(colour: str) -> str:
-    """Return the word for a colour, in that colour if this is a terminal."""
+def painted(color: str) -> str:
+    """Return the word for a color, in that color if this is a terminal."""
     if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
-        return f"{colour:<6}"
-    code = {"red": 31, "green": 32, "yellow": 33}[colour]
-    return f"\033[{code}m{colour:<6}\033[0m"
+        return f"{color:<6}"
+    code = {"red": 31, "green": 32, "yellow": 33}[color]
+    return f"\033[{code}m{color:<6}\033[0m"
 
 
 class OneLineParser(argparse.ArgumentParser):

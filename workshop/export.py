@@ -4,7 +4,7 @@
 
 DIR gets train.py and the files beside it, the modules of `common` that they import, a README, the license,
 requirements.txt, and a test. Nothing in it refers to a file that is not there. Exit status: 0 when DIR is
-there, 2 when the arguments are wrong or DIR cannot be written. Then no part of DIR is left behind.
+there, 2 when the arguments are wrong or DIR cannot be written. After an error, DIR is as it was before.
 """
 
 import argparse
@@ -22,10 +22,10 @@ STEPS = {folder.name[:2]: folder for folder in sorted(ROOT.glob("0[1-9]_*"))}
 
 THIS_FOLDER = "sys.path.insert(0, str(Path(__file__).resolve().parent))  # this folder, where `common` is\n"
 
-# Regular expressions for what is not true in the new folder, and what replaces them. They apply to every
-# copied file. Before that, paths into the step's own folder have become local.
+# Regular expressions for text that would be wrong in the new folder, and what replaces it. They apply to
+# every copied file. Before that, paths into the step's own folder have become local.
 EDITS = [
-    # Python finds `common` beside train.py by itself, unless PYTHONSAFEPATH is set.
+    # `common` is beside train.py now. With PYTHONSAFEPATH, Python does not look there by itself.
     (r"(sys\.path\.insert\(0, .*\n)+", THIS_FOLDER),
     # Snapshots go to a folder with the project's name, which may change.
     (r"\bcheckpoints/0\d_\w+/", "checkpoints/…/"),
@@ -67,7 +67,7 @@ def readme(step: str, name: str) -> str:
     def keep(block: re.Match[str]) -> str:
         return block["text"] if step in block["steps"].split() else ""
 
-    template = (TEMPLATES / "README.md").read_text()
+    template = (TEMPLATES / "README.md.in").read_text()
     blocks = r"<!-- only (?P<steps>[\d ]+) -->\n(?P<text>.*?)(?=<!-- )"
     text = re.sub(blocks, keep, template, flags=re.DOTALL)
     text = text.replace("<!-- end -->\n", "")
@@ -78,6 +78,7 @@ def test_file(step: str) -> str:
     """The new folder's test."""
     text = (TEMPLATES / "test_train.py").read_text()
     for old, new in TEST_EDITS.get(step, []):
+        assert old in text, old
         text = text.replace(old, new)
     return text
 

@@ -32,7 +32,7 @@ import forks  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-WORLD_SIZES = (1, 2, 3)  # three, because two numbers have one sum, and two neighbours are one
+WORLD_SIZES = (1, 2, 3)  # three, because two numbers have one sum, and two neighbors are one
 LOST = re.compile("by peer|Pair is not connected|Broken pipe")  # what gloo says when another rank has left
 SECONDS = 8  # without a promise more that is through, until a file counts as one that hangs
 

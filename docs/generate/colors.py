@@ -1,6 +1,6 @@
-"""The colours of the pictures, on a light and on a dark page."""
+"""The colors of the pictures, on a light and on a dark page."""
 
-THEMES = {  # the pages' colours on GitHub
+THEMES = {  # the pages' colors on GitHub
     "light": {"ground": "#ffffff", "ink": "#1f2328", "faint": "#d1d9e0"},
     "dark": {"ground": "#0d1117", "ink": "#f0f6fc", "faint": "#3d444d"},
 }

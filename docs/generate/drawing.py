@@ -90,7 +90,7 @@ def arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def steps(figure: Figure) -> None:
-    """The five steps side by side, and what the colours mean."""
+    """The five steps side by side, and what the colors mean."""
     axes: Axes = figure.subplots()
     axes.set_axis_off()
     axes.set_xlim(0, 5 * WIDTH)

@@ -202,7 +202,7 @@ KNOWN: dict[str, dict[str, str]] = {
     "docs/reference/promises.md": {"How soon is 99 % accuracy reached?": GOAL},
     "docs/reference/your-own-model.md": {"character gives 12 %": BY_HAND},
     "CONTRIBUTING.md": {
-        "Every step of step 05 takes 50 ms on a CPU": BY_HAND,
+        "A training step of `05_fsdp` takes 50 ms on a CPU": BY_HAND,
         "`make bench` (20 minutes)": "benchmarks/results/intel-xeon-2-cores.json",
         "are about 99 %": GOAL,
     },

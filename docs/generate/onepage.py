@@ -29,7 +29,7 @@ from docs.generate.stops import Stop, places, sections, slug, stops
 DOCS = ROOT / "docs"
 HERE = Path(__file__).parent
 PAGE = DOCS / "index.html"
-COLOURED = [  # what of a script is coloured, and the class of that colour
+COLORED = [  # what of a script is colored, and the class of that color
     (Token.Comment, "c"),
     (Token.Literal.String, "s"),
     (Token.Literal.Number, "m"),
@@ -56,21 +56,21 @@ stops_of = cache(stops)  # not read before the pages are filled
 # --- Code
 
 
-def coloured(text: str) -> list[str]:
+def colored(text: str) -> list[str]:
     """The lines of a Python text, as HTML."""
     lines = [""]
     for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(text):
-        colour = next((name for above, name in COLOURED if kind in above), "")
+        color = next((name for above, name in COLORED if kind in above), "")
         for number, part in enumerate(value.split("\n")):
             if number:
                 lines.append("")
             indent = " " * (len(part) - len(part.lstrip(" ")))
             words = escape(part[len(indent) :], quote=False)
-            lines[-1] += indent + (f"<i class={colour}>{words}</i>" if words and colour else words)
+            lines[-1] += indent + (f"<i class={color}>{words}</i>" if words and color else words)
     return lines
 
 
-SCRIPTS = {step: coloured(script(step)) for step in FOLDERS}
+SCRIPTS = {step: colored(script(step)) for step in FOLDERS}
 
 
 def row(sign: str, number: int | None, html: str, more: str = "") -> str:
@@ -96,7 +96,7 @@ def run(where: str, old: str, new: str, lines: int, more: str) -> str:
 
 
 def two_scripts(before: str, after: str) -> str:
-    """Two neighbouring scripts side by side; what only the newer one alone has to show is `extra`."""
+    """Two neighboring scripts side by side; what only the newer one alone has to show is `extra`."""
     html, parts, last = SCRIPTS[after], [], 0
 
     def missing(upto: int) -> str:
@@ -185,7 +185,7 @@ def fence(self: RendererHTML, tokens: Sequence[Block], at: int, options: Options
     token = tokens[at]
     code = escape(token.content, quote=False)
     if token.info == "python":
-        code = "\n".join(coloured(token.content))
+        code = "\n".join(colored(token.content))
     shown = f'<pre tabindex=0 role=group aria-label="{token.info}" class="{token.info}">{code}</pre>\n'
     return f"<details><summary>diagram</summary>{shown}</details>" if token.info == "mermaid" else shown
 

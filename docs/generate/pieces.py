@@ -1,4 +1,4 @@
-"""The difference between two neighbouring scripts in pieces, each named after the function that it changes.
+"""The difference between two neighboring scripts in pieces, each named after the function that it changes.
 
 A page asks for pieces in a comment in front of a block, one a line:
 

@@ -198,19 +198,19 @@ def test_all_changes_and_all_pictures_are_on_the_way():
     assert text.count('src="data:image/png') == len(drawn) and drawn
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_each_colour_can_be_read_on_each_ground(theme):
+def test_each_color_can_be_read_on_each_ground(theme):
     """In the scripts: every color of the syntax on every background that a line may have, at least 4.5:1."""
     style = (ROOT / "docs" / "generate" / "onepage.css").read_text()
     both = {
-        name: colours[theme == "dark"]
-        for name, *colours in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
+        name: colors[theme == "dark"]
+        for name, *colors in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
     }
     grounds = ("ground", "old", "new", "old-lit", "new-lit", "lit", "shade")
     inks = ("ink", "faint", "comment", "string", "number", "keyword", "function", "builtin")

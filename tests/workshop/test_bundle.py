@@ -172,7 +172,7 @@ def test_what_was_not_committed_is_counted(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(bundle, "ROOT", teacher)
     (teacher / "new.txt").write_text("new")
     said = bundle.pack_repository(tmp_path / "packed.tar", tmp_path)
-    assert said == "its newest commit; files not in it, because they are not committed: 1"
+    assert said == "its newest commit; changes not in it, because they are not committed: 1"
     with tarfile.open(tmp_path / "packed.tar") as tar:
         assert "new.txt" not in tar.getnames() and "README.md" in tar.getnames()
 
@@ -190,6 +190,23 @@ def test_without_git_the_folder_is_packed(teacher, monkeypatch):
         packed = {*tar.getnames()}
     assert "workshop/doctor.py" in packed and ".gitignore" in packed
     assert not [name for name in packed if re.search(r"stick|checkpoints|\.venv|__pycache__", name)]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    words = [sys.executable, str(BUNDLE), "prepare", str(tmp_path / "file")]
+    status, _, err = finish(start(words, tmp_path))
+    assert status == 1 and err.startswith("error: ") and len(err.splitlines()) == 1
+    assert "Not a directory" in err and "choose another folder" in err
+
+
+def test_wheels_of_an_earlier_bundle_are_gone(tmp_path, teacher, digits, indexes):
+    folder = tmp_path / "stick"
+    old = folder / "bundle" / "wheels" / "torch-99.0-py3-none-any.whl"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    assert prepare(teacher, folder, indexes, f"--data-dir={digits}")[0] == 0
+    assert not old.exists() and list(old.parent.glob("torch-9.0*"))
 
 
 def test_what_cannot_be_collected_leaves_no_bundle(tmp_path, teacher, digits, indexes):

@@ -31,7 +31,7 @@ def unchanged(theirs, rank, ranks):
     return own(rank, 6), mine
 
 
-def neighbours(theirs, rank, ranks):
+def neighbors(theirs, rank, ranks):
     with calls(theirs) as called:
         theirs.ring_all_reduce(own(rank, 6))
     to = sorted({found["dst"] for _, found in called if "dst" in found})
@@ -56,6 +56,6 @@ PROMISES = [
     Promise("also if the length is not a multiple of the number of ranks", ragged, TOLD),
     Promise("the tensor that was given stays as it was", unchanged, TOLD),
     Promise("only send and receive move numbers between ranks", by_hand, TOLD),
-    Promise("a rank sends to its right neighbour, and to nobody else", neighbours, TOLD),
+    Promise("a rank sends to its right neighbor, and to nobody else", neighbors, TOLD),
     Promise("a rank sends 2 (N - 1) chunks, not whole tensors", sent, TOLD),
 ]
