@@ -1,6 +1,5 @@
 """What `bundle.py prepare` collects is enough, without a network, for a green doctor and an exercise."""
 
-import ast
 import functools
 import http.server
 import json
@@ -32,13 +31,6 @@ def digits(tmp_path):
     """A folder with empty files in MNIST's place."""
     yield make_digits(tmp_path)
     shutil.rmtree(tmp_path)  # or pytest would keep the copies, which take room
-
-
-def test_an_older_python_can_read_it():
-    """To say which Python it needs. What is missing in an older library shows only when it is run there."""
-    source = BUNDLE.read_text()
-    ast.parse(source, feature_version=(3, 8))
-    assert "from __future__ import annotations\n" in source
 
 
 @pytest.mark.parametrize(
@@ -190,6 +182,17 @@ def test_without_git_the_folder_is_packed(teacher, monkeypatch):
         packed = {*tar.getnames()}
     assert "workshop/doctor.py" in packed and ".gitignore" in packed
     assert not [name for name in packed if re.search(r"stick|checkpoints|\.venv|__pycache__", name)]
+
+
+def test_without_git_a_bundle_in_the_repository_itself_is_not_packed(teacher, monkeypatch):
+    monkeypatch.setattr(bundle, "ROOT", teacher)
+    shutil.rmtree(teacher / ".git")
+    (teacher / "bundle" / "wheels").mkdir(parents=True)
+    file = teacher / "bundle" / "repository.tar"
+    bundle.pack_repository(file, teacher)
+    with tarfile.open(file) as tar:
+        names = tar.getnames()
+    assert "workshop/doctor.py" in names and "bundle" not in names
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

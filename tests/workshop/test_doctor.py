@@ -554,9 +554,10 @@ def test_it_knows_what_common_knows():
     assert doctor.MNIST == mnist.FILES
 
 
-def test_an_older_python_can_read_it():
+@pytest.mark.parametrize("script", [DOCTOR, DOCTOR.with_name("bundle.py")], ids=lambda path: path.name)
+def test_an_older_python_can_read_it(script):
     """To say that it is too old. What its library lacks shows only when it is run there."""
-    source = DOCTOR.read_text()
+    source = script.read_text()
     ast.parse(source, feature_version=(3, 8))
     assert "from __future__ import annotations\n" in source
 
