@@ -187,6 +187,8 @@ def interrupted(cluster, proof, interrupt, options="") -> None:
     end = time.monotonic() + 3
     while time.monotonic() < end:
         assert cluster.state(job) == "RUNNING", "the job did not wait for its ranks"
+    # Once: another signal, more than a second later, would end the ranks before they have saved.
+    assert all(path.read_text().count("closing signal SIGTERM") == 1 for path in outs)
     go.touch()
     cluster.wait_for(lambda: cluster.state(job) == "PENDING", "the job to be queued again", 60)
     # Slurm would wait two minutes. `now` is too early: nodes revoke a job's credentials up to this second.

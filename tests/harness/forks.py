@@ -202,14 +202,15 @@ def run(words: list[str]) -> None:
         sys.argv = ["torchrun", *words[2:]]
         torch.distributed.run.main()
     else:
-        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        file = os.path.abspath(words[0])
+        sys.path.insert(0, str(Path(file).resolve().parent))
         sys.argv = words
         # A script's objects live until the interpreter ends, as in a real Python. If a DDP object was deleted
         # earlier, and was the last to hold a group, it would wait for gloo's thread, which may need the GIL.
         script = types.ModuleType("__main__")
-        script.__file__ = words[0]
+        script.__file__ = file
         sys.modules["__main__"] = script
-        exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), script.__dict__)
+        exec(compile(Path(file).read_bytes(), file, "exec"), script.__dict__)
 
 
 def serve(path: str) -> None:

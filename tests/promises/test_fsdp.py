@@ -437,7 +437,9 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     flags = ["--num-samples=480", "--batch-size=4", "--epochs=1", "--use-gpu=0", "--snapshot-dir=s"]
     status, out, err = finish(start([*command(STEP, 2, root), *flags], tmp_path))
     print(out, err)
-    assert status == 1 and errors(err) == [f"error: cannot write to s: planted; {snapshot.REMEDY}"]
+    # Rank 0 reports it and ends. torchrun then ends rank 1, which may still be on its way out.
+    said = [line for line in errors(err) if "rank 1 received SIGTERM for the second time" not in line]
+    assert status == 1 and said == [f"error: cannot write to s: planted; {snapshot.REMEDY}"]
     assert "SIGTERM" not in out and "done" not in out
 
 
