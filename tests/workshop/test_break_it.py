@@ -180,6 +180,50 @@ def test_with_one_folder_a_restart_goes_on(tmp_path):
     assert re.search(r"^resumed from .*: epoch 2, step 20$", out, re.M)
 
 
+@pytest.mark.slow
+def test_a_collective_with_a_gradient_trains_as_one_rank_does(tmp_path):
+    """Card 17's fix: with the line of the page, both steps print the same numbers."""
+    break_it = load(BREAK_IT)
+    [line] = fences("17", "python")
+    break_it.make_copy(CARDS["17"], tmp_path / "copy")
+    models = tmp_path / "copy" / "common" / "models.py"
+    text, count = re.subn(r"dist\.all_reduce\(means\).*\n", line, models.read_text())
+    assert count == 1
+    models.write_text(text)
+    outputs = break_it.run_commands(CARDS["17"], FACTS["17"]["commands"], tmp_path / "copy")
+    rows = break_it.side_by_side(["03", "01"], outputs, break_it.COMPARED_LINES)
+    assert len(rows) == 6 and all(row.startswith("both: ") for row in rows)
+    assert "UserWarning" not in "".join(outputs)
+
+
+@pytest.mark.slow
+def test_names_show_that_a_snapshot_is_not_for_this_optimizer(tmp_path):
+    """Card 19's fix: with names and the check of the page, step 03 resumes and step 04 does not."""
+    break_it = load(BREAK_IT)
+    [check] = fences("19", "python")
+    break_it.make_copy(CARDS["19"], tmp_path / "copy")
+    for step in ("03", "04"):
+        [script] = (tmp_path / "copy").glob(f"{step}_*/train.py")
+        text = script.read_text()
+        load_state = "        self.optimizer.load_state_dict("
+        indented = "".join(f"        {line}\n" for line in check.splitlines())
+        for old, new in [
+            ("[weight for name, weight in", "[(name, weight) for name, weight in"),
+            (
+                "    groups = [",
+                "    names = {w: name for name, w in model.named_parameters()}\n    groups = [",
+            ),
+            ("block.parameters()", "[(names[weight], weight) for weight in block.parameters()]"),
+            (load_state, f"{indented}{load_state}"),
+        ]:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        script.write_text(text)
+    *_, step_04, step_03 = break_it.run_commands(CARDS["19"], FACTS["19"]["commands"], tmp_path / "copy")
+    assert "AssertionError" in step_04 and "epoch 2/2" not in step_04
+    assert "resumed from" in step_03 and "epoch 2/2  test loss" in step_03
+
+
 @pytest.mark.parametrize("number", CARDS)
 def test_each_change_fits_the_scripts(tmp_path, number):
     """It changes the files that it names and no others, and they are still Python."""
