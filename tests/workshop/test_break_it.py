@@ -56,7 +56,7 @@ def assert_gives_nothing_away(number, out):
     """The output of a run has no line of the card's change, and no sentence of its reason."""
     changed = [line for line in change(number).splitlines() if line.startswith(("+", "-"))]
     assert changed and not set(changed) & set(out.splitlines())
-    prose = re.sub(r"^```.*?^```$", "", folded(number), flags=re.M | re.S)
+    prose = re.sub(r"^```.*?^```$|`[^`]*`", "", folded(number), flags=re.M | re.S)
     sentences = [words(sentence) for sentence in re.split(r"[.:?]\s", prose)]
     sentences = [sentence for sentence in sentences if len(sentence) >= 5]
     printed = " ".join(words(out))
