@@ -181,13 +181,12 @@ FIGURES: list[Figures] = [
 ]
 
 
-PUBLISHED, SETTING = "published, the page says where", "a flag or a setting"
-ARITHMETIC, DEFAULT, GOAL, BY_HAND = (
-    "arithmetic",
-    "a default of torch's",
-    "a goal",
-    "measured by hand, without a record",
-)
+PUBLISHED = "published, the page says where"
+SETTING = "a flag or a setting"
+ARITHMETIC = "arithmetic"
+DEFAULT = "a default of torch's"
+GOAL = "a goal"
+BY_HAND = "measured by hand, without a record"
 KNOWN: dict[str, dict[str, str]] = {
     "README.md": {
         "the installation takes 80 s. It needs about 5 GB": BY_HAND,
@@ -296,9 +295,8 @@ def with_figures(page: Path, text: str) -> str:
         found = list(pattern.finditer(text))
         if len(found) != 1:
             raise ValueError(f"{name} has the sentence '{words}' {len(found)} times, not once")
-        place = found[0]
         for group, figure in reversed(list(enumerate(figures(), start=1))):
-            begin, end = place.span(group)
+            begin, end = found[0].span(group)
             text = text[:begin] + figure + text[end:]
     return text
 
