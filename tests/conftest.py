@@ -33,8 +33,10 @@ MARKS = {
 }
 SEED = "SEED"  # the environment variable that decides what is drawn at random; the same value repeats a run
 ENDED = pytest.StashKey[str]()  # how a test ended, and after how many seconds
-# The processes that tests start handle Ctrl-C in the default way, however `make test` was started.
+# The processes that tests start handle signals in the default way, however `make test` was started: in the
+# background, it would ignore Ctrl-C, and under `nohup` a closed terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -262,6 +262,8 @@ def test_local_nodes_train(proof, tmp_path):
     assert difference == 0.0 and torch.equal(losses, proof("03", 2).losses)
 
 
+@pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("lost", ["node 0's disk", "node 1's disk", "neither"])
 def test_two_nodes_with_folders_of_their_own(proof, tmp_path, lost):
     """Two torchruns with two ranks each, without root: one rank of each saves, and one copy is enough."""

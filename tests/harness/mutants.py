@@ -100,6 +100,7 @@ def mutants_of(file: str, source: str | None = None) -> list[Mutant]:
     source = (ROOT / file).read_text() if source is None else source
     edits = python_edits(source) if file.endswith(".py") else shell_edits(source)
     content, found, counts = source.encode(), [], collections.Counter[tuple[str, ...]]()
+    source_lines = source.splitlines()
     starts = [0]  # of the lines, in bytes, which is what ast counts
     for line in content.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -107,14 +108,16 @@ def mutants_of(file: str, source: str | None = None) -> list[Mutant]:
         begin, stop = starts[line - 1] + column, starts[last - 1] + end
         was = content[begin:stop].decode()
         wrong = (content[:begin] + text.encode() + content[stop:]).decode()
-        with contextlib.suppress(SyntaxError):  # an `elif` is a statement, too, and cannot be `pass`
-            if file.endswith(".py"):
-                compile(wrong, file, "exec")
-            lines = tuple(text.strip() for text in source.splitlines()[line - 1 : last])
-            on = re.sub("  # .*", "", lines[0])
-            name = (scope, kind, was.splitlines()[0].rstrip(", "), on)
-            found.append(Mutant(file, *name, counts[name], line, lines, wrong))
-            counts[name] += 1
+        if file.endswith(".py") and was.startswith("elif "):  # a statement that `pass` cannot always replace
+            try:
+                ast.parse(wrong)
+            except SyntaxError:
+                continue
+        lines = tuple(text.strip() for text in source_lines[line - 1 : last])
+        on = re.sub("  # .*", "", lines[0])
+        name = (scope, kind, was.splitlines()[0].rstrip(", "), on)
+        found.append(Mutant(file, *name, counts[name], line, lines, wrong))
+        counts[name] += 1
     if not file.endswith(".py"):
         return found
     before, *after = undefined_names([source, *(mutant.source for mutant in found)])
@@ -140,14 +143,25 @@ def python_edits(source: str) -> list[Edit]:
     """The mutants of Python source, as what to put in which place."""
     found: list[Edit] = []
     lines = source.splitlines()
+    encoded = [line.encode() for line in lines]  # ast counts bytes
+
+    def text_of(node: Any) -> str:  # as ast.get_source_segment, which splits all of the source each time
+        first, last = node.lineno - 1, node.end_lineno - 1
+        if first == last:
+            return encoded[first][node.col_offset : node.end_col_offset].decode()
+        whole = [
+            encoded[first][node.col_offset :],
+            *encoded[first + 1 : last],
+            encoded[last][: node.end_col_offset],
+        ]
+        return b"\n".join(whole).decode()
 
     def add(scope: str, kind: str, node: Any, text: str) -> None:
         place = (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)
         found.append((scope, kind, place, text))
 
     def turned(scope: str, node: ast.expr) -> None:
-        text = ast.get_source_segment(source, node)
-        add(scope, "condition", node, f"(not ({text}))")
+        add(scope, "condition", node, f"(not ({text_of(node)}))")
 
     def visit(node: ast.AST, scope: str) -> None:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -158,8 +172,7 @@ def python_edits(source: str) -> list[Edit]:
         elif isinstance(node, ast.stmt) and not isinstance(node, ast.Pass) and not is_text(node):
             add(scope, "statement", node, "pass")
             if isinstance(node, ast.Expr) and is_collective(node.value):
-                text = ast.get_source_segment(source, node)
-                add(scope, "one rank", node, f"if dist.get_rank() != 1: {text}")
+                add(scope, "one rank", node, f"if dist.get_rank() != 1: {text_of(node)}")
         if isinstance(node, ast.With):
             for item in node.items:
                 if item.optional_vars is None:
@@ -170,7 +183,7 @@ def python_edits(source: str) -> list[Edit]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
             for number, other in ((node.right, node.left), (node.left, node.right)):
                 if isinstance(number, ast.Constant) and isinstance(number.value, int):
-                    add(scope, "plus one", node, f"({ast.get_source_segment(source, other)})")
+                    add(scope, "plus one", node, f"({text_of(other)})")
         if isinstance(node, ast.Compare):
             turned(scope, node)
         if isinstance(node, (ast.If, ast.While, ast.IfExp)):

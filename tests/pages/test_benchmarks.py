@@ -47,6 +47,7 @@ def test_the_page_gives_what_was_recorded(record):
     assert len(record["accuracies"]) == record["n"] >= 30 and record["mean"] >= 99.0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", ["01", "03", "04", "05"])
 def test_a_step_takes_another_loss_and_other_betas(tmp_path, step):
     """label_smoothing.py: training uses both, and the test loss is the usual one."""

@@ -230,6 +230,7 @@ def test_each_color_can_be_read_on_each_ground(theme):
 # --- In a browser
 
 
+@pytest.mark.slow
 def test_arrow_keys_go_from_piece_to_piece_and_from_step_to_step(visit):
     page = visit()
     assert here(page) == "ladder"
@@ -270,6 +271,7 @@ def swipe(page, x, y):
     touch("touchEnd")
 
 
+@pytest.mark.slow
 def test_a_swipe_goes_to_the_next_piece(visit):
     """Without `overscroll-behavior-x`, a swipe to the right goes back to the page that was open before."""
     first, second = "03-no-more-spawn", "03-no-more-spawn-end"
@@ -320,6 +322,7 @@ def test_a_link_opens_its_piece_with_its_lines_lit(visit):
         assert here(visit(to)) == opens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS[1:])
 def test_two_scripts_stand_side_by_side(visit, step):
     """The older script is left, the newer one right; equal lines are side by side, changes have signs."""
@@ -344,6 +347,7 @@ def test_two_scripts_stand_side_by_side(visit, step):
     assert signs and all(re.search(r"[-+]\"$", sign) for sign in signs)
 
 
+@pytest.mark.slow
 def test_a_key_folds_all_but_the_lesson(visit):
     name = "02-the-evaluation"
     page = visit(name)
@@ -362,7 +366,7 @@ def test_a_key_folds_all_but_the_lesson(visit):
     assert lines(page, ".l") == whole
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_key_shows_the_whole_script(visit, step):
     page = visit(
@@ -376,6 +380,7 @@ def test_a_key_shows_the_whole_script(visit, step):
     assert step == "01" or len(lines(page, ".l")) > len(shown)
 
 
+@pytest.mark.slow
 def test_whoever_has_no_mouse_gets_everywhere(visit):
     page = visit("03-run-it")
     page.evaluate("document.querySelector('.skip').focus()")
@@ -403,6 +408,7 @@ def test_whoever_has_no_mouse_gets_everywhere(visit):
     assert here(page) == "03-no-more-spawn"  # the arrow has scrolled what has the focus
 
 
+@pytest.mark.slow
 def test_help_lists_the_keys_and_letters_can_be_turned_off(visit):
     page = visit("03")
     press(page, "?")
@@ -420,6 +426,7 @@ def test_help_lists_the_keys_and_letters_can_be_turned_off(visit):
     assert all(len(key) > 1 or any(key in one.split() for one in onepage.KEYS) for key in keys)
 
 
+@pytest.mark.slow
 def test_the_stop_is_said(visit):
     page = visit("03")
     press(page, "ArrowRight", "ArrowRight")
@@ -435,6 +442,7 @@ def pictures_seen(page):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("theme", "other"), [("light", "dark"), ("dark", "light")])
 def test_light_and_dark_follow_the_system_and_a_key(visit, theme, other):
     page = visit("pictures", theme=theme)
@@ -514,6 +522,7 @@ def test_it_fits_its_screen(visit, tmp_path, size):
             assert here(page) == name
 
 
+@pytest.mark.slow
 def test_print_has_all_pieces_and_no_buttons(visit):
     page = visit("03")
     press(page, "d")
@@ -532,6 +541,7 @@ def test_print_has_all_pieces_and_no_buttons(visit):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
+@pytest.mark.slow
 def test_without_scripts_all_is_there(visit):
     page = visit("03-no-more-spawn", java_script_enabled=False)
     assert page.locator("article:visible").count() == len(ALL) + 3

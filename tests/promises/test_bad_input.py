@@ -150,6 +150,7 @@ def case(step, flags):
     return pytest.param(step, flags, marks=[] if alone else [pytest.mark.slow, pytest.mark.sample(60)])
 
 
+@pytest.mark.few(36)
 @pytest.mark.parametrize(
     ("step", "flags"),
     [case(step, flags) for flags in FLAGS for step in ALL if not flags[0].isdigit() or flags[:2] == step],
@@ -183,6 +184,7 @@ DAMAGED_DATA = {
 }
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("damage", [*DAMAGED_DATA, "a label of 200"])
 @pytest.mark.parametrize("step", ALL)
 def test_damaged_mnist(tmp_path, step, damage):
@@ -218,6 +220,7 @@ def plain_snapshot(path, **changed):
     write(path, {**state, "global_step": 1, **changed})
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("key", OTHER)
 @pytest.mark.parametrize("step", [step for step in ALL if step != "05"])  # step 05: see test_snapshot.py
 def test_a_snapshot_of_another_run(tmp_path, step, key):
@@ -235,6 +238,7 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("what", UNUSABLE)
 @pytest.mark.parametrize("step", ALL)
 def test_no_snapshot_can_be_used(tmp_path, step, what):
@@ -269,6 +273,8 @@ def test_torchrun_is_not_for_steps_01_and_02(tmp_path, step):
     assert status == 1 and errors(err) == [said] and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", UNDER_TORCHRUN)
 def test_torchs_old_launcher_is_told_apart(tmp_path, step):
     """`python -m torch.distributed.launch` gives each process a flag."""
@@ -344,6 +350,7 @@ def test_no_compiler(tmp_path, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["01", "04"])
 def test_a_terminal_that_is_ascii_only(tmp_path, step):
     flags = [DIGITS, "--use-gpu=0", "--epochs=1", "--batch-size=16"]
@@ -359,6 +366,7 @@ ENVIRONMENTS = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("case", ENVIRONMENTS)
 @pytest.mark.parametrize("step", UNDER_TORCHRUN)
 def test_bad_environments(tmp_path, step, case):
@@ -376,6 +384,7 @@ def test_a_port_in_use(tmp_path, step):
     assert "is the port free, and has every rank started?" in result[2]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [step for step in UNDER_TORCHRUN if step != "03"])
 def test_a_rank_that_is_not_started(tmp_path, step):
     result = run(step, ["--use-gpu=0", DIGITS, "--timeout=5"], tmp_path, WORLD_SIZE="2")

@@ -76,7 +76,8 @@ def on_paper(parameters, ranks):
 SLACK = 45e6
 
 
-@pytest.mark.few(1)
+@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_bytes_of_a_snapshot_are_those_on_paper(tmp_path, ranks):
     """12.7 million parameters. A rank that did another rank's work, too, would have twice the bytes."""

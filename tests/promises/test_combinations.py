@@ -111,7 +111,7 @@ DURING += [(step, 4, "rank 1") for step in ("02", "04", SHARDED)]
 
 
 @pytest.mark.sample(4)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "whom"),
     slow_but(
@@ -150,6 +150,7 @@ def test_a_signal_during_an_evaluation(once, tmp_path, step, ranks, whom):
     assert different(run.state, once(step, ranks, *flags).state) == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "extra"),
@@ -203,7 +204,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ranks", "flags"), slow_but([TOGETHER[0], TOGETHER[7]], *TOGETHER))
 def test_flags_together_resumed_in_the_middle_of_an_epoch(tmp_path, step, ranks, flags):
     words = flags.split()
@@ -241,6 +242,7 @@ def cnn(""",
 
 
 @pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "flags"), slow_but([(3, "")], (3, ""), (3, "--cpu-offload"), (4, "--replicas=2"))
 )
@@ -267,6 +269,7 @@ WORKERS = [(step, 1 if step == "01" else 3, number) for step in FOLDERS for numb
 WORKERS += [("02", 4, signal.SIGTERM), ("04", 4, signal.SIGINT)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "number"),
@@ -317,6 +320,7 @@ def test_workers_change_nothing_and_none_is_left(once, tmp_path, step, ranks, nu
 
 
 @pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [pytest.param(step, marks=pytest.mark.slow) if step > "01" else step for step in FOLDERS],
@@ -338,6 +342,7 @@ def test_an_error_ends_a_run_with_workers(tmp_path, step):
     assert "DataLoader worker" not in err and "Exception ignored" not in err, err
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_saves_where_python_starts_workers_in_another_way(tmp_path):
     """From Python 3.14 on, a server starts workers by default. SIGTERM ends it, and would end them, too."""
     head = "import sys\n"
@@ -454,6 +459,7 @@ FASTER = ("--compile", "--precision=bf16")
 
 
 @pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "flags"), slow_but(TRAINS[:2], *TRAINS))
 def test_bf16_and_compile_train_on_the_other_steps_too(once, tmp_path, step, flags):
     """The steps that are not in test_options.py."""

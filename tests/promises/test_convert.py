@@ -43,6 +43,7 @@ def convert(root, path):
     return status, err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("first", "then", "ranks"), [("04", SHARDED, 3), (SHARDED, "04", 2)])
 def test_with_two_groups_of_parameters_training_goes_on_as_it_would_have(root, tmp_path, first, then, ranks):
     whole = train(then, ranks, tmp_path / "whole", *FLAGS, "--epochs=2", root=root)

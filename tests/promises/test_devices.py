@@ -42,6 +42,7 @@ KEPT += [("float32", "batch_norm")]  # the type of its weights, and of its avera
 BEGINS = "        self.run = run\n"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_a_rank_takes_its_own_gpu_before_anything_else(tmp_path, step):
     """There is no GPU here, and torch reports this at the first line that needs one: it must be CHOOSES."""
@@ -59,6 +60,7 @@ def test_a_rank_takes_its_own_gpu_before_anything_else(tmp_path, step):
     assert status == 1 and re.search(said, err)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_in_bf16_layers_compute_in_it_and_no_copy_is_waited_for(tmp_path, step):
     edits = [("class Reporter:\n", ASKED.lstrip()), (BEGINS, f"{BEGINS}        Asked().__enter__()\n")]

@@ -72,8 +72,8 @@ QUICK = (
 )
 
 
-@pytest.mark.sample(8)
-@pytest.mark.few(4)
+@pytest.mark.sample(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("step", "kind"),
     [

@@ -77,6 +77,7 @@ WAYS = {
 FEW = ["--num-samples=259", "--epochs=2", "--precision=float64"]  # 42 steps, with a remainder
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_trains_the_same_function(once, tmp_path, way):
     ranks, flags, tolerance = WAYS[way]
@@ -155,6 +156,7 @@ def bytes_of_rank_0(ranks, **changed):
     return [*(sum(t.nbytes for t in kind) for kind in local), max(gathered)], model
 
 
+@pytest.mark.sample(2)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_bytes_per_rank_fall_with_the_ranks(ranks):
@@ -294,6 +296,7 @@ def test_activation_checkpointing_keeps_less(alone):
     assert kept[True] < kept[False] / 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("flag", ["", "--no-reshard"])
 def test_nothing_stays_gathered_after_a_test(tmp_path, flag):
     """A backward pass would free it, but none follows."""
@@ -327,12 +330,14 @@ def test_gradients_are_reduced_once_in_a_step(tmp_path, step):
     assert sorted(parts) == [f"part {part} reduced {part == 3}" for part in (1, 1, 2, 2, 3, 3)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_there_may_be_fewer_test_images_than_ranks(tmp_path, step):
     run = train(step, 3, tmp_path, "--num-samples=12", "--batch-size=4", "--epochs=1")
     assert run.test["total"] == 2
 
 
+@pytest.mark.slow
 def test_an_optimizer_from_before_fully_shard_is_refused(tmp_path):
     """Without our check, it trains nothing, and nobody notices until the first snapshot."""
     right = "optimizer = torch.optim.AdamW(model.named_parameters(), "
@@ -443,6 +448,7 @@ def test_a_run_that_stops_does_not_say_saved_when_it_is_not(tmp_path):
     assert "SIGTERM" not in out and "done" not in out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("error", "said"),
     [("OSError(28, 'planted')", f"planted; {snapshot.REMEDY}"), ("ValueError('planted')", "planted")],
@@ -536,6 +542,7 @@ DRAWN = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("drawn", [False, True], ids=["all of it saved", "a buffer that is not"])
 def test_a_resume_from_meta_builds_only_what_no_snapshot_has(tmp_path, drawn):
     """With --meta-init, rank 0 builds the whole model once; a resumed run, only for such a buffer."""
@@ -551,6 +558,7 @@ def test_a_resume_from_meta_builds_only_what_no_snapshot_has(tmp_path, drawn):
     assert resumed.test["loss"] == whole.test["loss"]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("victim", ["__0_0.distcp", "__1_0.distcp", ".metadata", "state.pt"])
 @pytest.mark.parametrize("damage", ["flipped bit", "half", "missing"])
 def test_a_damaged_shard_is_named_and_the_one_before_is_used(uninterrupted, tmp_path, capsys, victim, damage):
@@ -635,6 +643,8 @@ AUX = [
 LATE = "        self.model.train()\n"
 
 
+@pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("late", [False, True], ids=["never", "late"])
 def test_a_parameter_without_gradients_does_not_spoil_a_resume(tmp_path, ranks, late):

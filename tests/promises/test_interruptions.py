@@ -66,7 +66,7 @@ SHORT = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupted_and_resumed_it_ends_bit_identical(tmp_path, step):
     seed = int.from_bytes(os.urandom(2))
@@ -86,6 +86,7 @@ def test_a_soak(tmp_path, step):
     assert soak.soak(8, restarts, int.from_bytes(os.urandom(2)), tmp_path, steps=(step,))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     """SIGKILL only the launcher: if ranks stayed, the next run would meet them in the same folder."""
@@ -105,7 +106,8 @@ def test_ranks_without_a_launcher_save_and_leave(tmp_path, step):
     assert "Traceback" not in err
 
 
-@pytest.mark.few(3)
+@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_when_the_terminal_goes_away_all_is_saved(tmp_path, step):
     """When a connection drops, Linux sends SIGHUP to all processes, and nothing more can be printed."""
@@ -137,6 +139,8 @@ def test_when_the_terminal_goes_away_all_is_saved(tmp_path, step):
     assert not list((tmp_path / "snapshots").glob(".snapshot-*.tmp"))
 
 
+@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "status"), [("01", 143), ("02", 143), ("03", 1)])
 def test_nohup_keeps_a_run_alive(tmp_path, step, status):
     """torchrun needs `--signals-to-handle` for this. Otherwise, it would end its ranks after SIGHUP."""
@@ -177,6 +181,7 @@ def test_ranks_whose_launcher_is_gone_do_not_wait_to_meet(tmp_path, step):
     assert len(ranks) == 3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", GROWN)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
     process = start([*command(step, 2), *FOREVER], tmp_path)
@@ -191,6 +196,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, step):
     assert status == (143 if step == "02" else 1) and "Seen by" not in err
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", ["01", "02"])
 def test_the_status_is_the_signals(tmp_path, step, number):
@@ -210,6 +216,7 @@ def test_the_status_is_the_signals(tmp_path, step, number):
     assert "Traceback" not in err
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["02", "03"])
 def test_a_rank_that_takes_longer_to_end_is_not_said_to_lose_anything(tmp_path, step):
     """The launcher sends it a second SIGTERM when the first rank has ended. By then, everything is saved."""
@@ -268,7 +275,8 @@ STALLS = f"""{LOADS}    import itertools, os, time
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("step", "ranks"), [("01", 1), ("03", 3), ("05", 2)])
 def test_a_signal_ends_a_rank_that_waits_for_its_batch(tmp_path, step, ranks, workers):
@@ -339,7 +347,8 @@ def test_an_error_of_the_data_is_shown_as_it_is(tmp_path, raised, workers):
 TRACED = ["--num-samples=457", "--batch-size=10", "--precision=float64", "--use-gpu=0"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks"),
     [("02", 3), ("03", 1), pytest.param("04", 3, marks=pytest.mark.slow), ("05", 3), ("05", 1)],
@@ -469,6 +478,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("case", GROUPS)
 def test_each_group_waits_for_a_rank_as_long_as_it_is_told(tmp_path, case):
     step, *own = case.split()
@@ -493,8 +503,8 @@ SILENT = {
 SOON = [("02", "raises"), ("03", "raises"), ("04", "exits with 0"), ("05", "raises"), ("05", "stops")]
 
 
-@pytest.mark.sample(5)
-@pytest.mark.few(3)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "what"),
     [
@@ -566,7 +576,8 @@ def start_with_another_rank(folder, step, change, *flags):
     return start([*words, *flags], folder)
 
 
-@pytest.mark.few(6)
+@pytest.mark.sample(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", DIFFERENT)
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what):
@@ -588,6 +599,7 @@ def test_a_rank_that_differs_is_named_before_the_first_step(tmp_path, step, what
     assert sorted((tmp_path / "left-with-2").read_text().split()) == ["0", "1", "2"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["04", "05"])
 def test_what_a_node_may_have_of_its_own_stops_nobody(tmp_path, step):
     planted(tmp_path / "one", step)

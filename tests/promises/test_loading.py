@@ -67,6 +67,7 @@ class Opened(Dataset):
         return torch.ones(2)
 
 
+@pytest.mark.slow
 def test_ddps_first_pass_has_samples_that_a_worker_makes_as_the_loaders_do():
     options = {"worker_init_fn": note_worker, "multiprocessing_context": "spawn"}
     loader = DataLoader(Opened(), 2, num_workers=2, **options)
@@ -158,7 +159,7 @@ DICTIONARIES = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("step", ["03", "05"])
 def test_a_dataset_of_ones_own_takes_the_place_of_mnist(once, tmp_path, step, ranks):
@@ -186,7 +187,8 @@ def test_batches_may_be_dictionaries(once, tmp_path, step):
     assert run.losses.equal(once(step, ranks, *flags).losses)
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [2, 1, 0])
 @pytest.mark.parametrize("step", ["01", "03", "05"])
 def test_there_may_be_fewer_test_samples_than_ranks(tmp_path, step, count):
@@ -263,6 +265,7 @@ def test_gradients_are_views_of_ddps_buckets(tmp_path, step):
     assert found and set(found) == {"storages 1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["01", "03"])
 def test_a_temporary_folder_with_too_long_a_name_is_told(tmp_path, step):
     """Workers send tensors through sockets in it. They would fail to, and the run would wait forever."""

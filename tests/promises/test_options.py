@@ -51,7 +51,7 @@ def test_started_with_python_step_03_prints_the_command_that_works(tmp_path):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("step", FOLDERS)
 def test_every_rank_speaks_with_verbose_and_only_one_warns(proof, tmp_path, step):
     ranks = 1 if step == "01" else 3
@@ -198,6 +198,7 @@ def test_step_01_is_refused_where_torchrun_starts_it_more_than_once(monkeypatch,
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_help_tells_what_each_flag_takes_and_what_holds_without_it(tmp_path, step):
     status, out, err = finish(start([*command(step, 1), "--help"], tmp_path, COLUMNS="200"))

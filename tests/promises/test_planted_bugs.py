@@ -78,7 +78,8 @@ BUGS = {
 }
 
 
-@pytest.mark.few(5)
+@pytest.mark.sample(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     step, right, wrong, symptom = BUGS[bug]
@@ -89,7 +90,8 @@ def test_a_planted_bug_is_seen(proof, tmp_path, bug):
     assert symptom in found
 
 
-@pytest.mark.few(4)
+@pytest.mark.sample(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bug", [False, True])
 @pytest.mark.parametrize("step", GROWN)
 def test_batch_norm_is_tested_with_what_rank_0_saves(tmp_path, step, bug):

@@ -12,7 +12,8 @@ FLAGS = ["--num-samples=240", "--epochs=2", "--precision=float64"]
 COLLECTIVES = {"01": set(), "05": {"reduce_scatter", "all_gather"}}
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_each_rank_leaves_a_trace_of_three_steps(once, tmp_path, step):
     ranks = ranks_of(step)

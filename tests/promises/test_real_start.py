@@ -65,7 +65,7 @@ LINUX = Path("/proc/self/task").exists()
 
 
 @pytest.mark.sample(2)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "step", [pytest.param(step, marks=pytest.mark.slow if step == "04" else []) for step in FOLDERS]
 )
@@ -180,6 +180,7 @@ def test_a_program_finds_its_modules_with_python_safe_path(tmp_path, program):
     assert status == 0 and "usage: " in out
 
 
+@pytest.mark.slow
 def test_one_folder_and_common_are_all_that_a_copy_needs(tmp_path):
     """From another directory, without the repository around them."""
     for name in ("common", FOLDERS["01"]):

@@ -77,7 +77,8 @@ def convert(root, path):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.few(3)
+@pytest.mark.sample(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_trains_stops_resumes_and_converts(tmp_path, name):
     root = follow(tmp_path / "root", RECIPES[name])

@@ -68,7 +68,8 @@ def memory_lines(events):
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_run_says_and_writes_down_what_it_does(tmp_path, step):
     ranks, parts = (1 if step == "01" else 3), (2 if step > "03" else 1)
@@ -260,7 +261,8 @@ def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
     assert re.fullmatch(r"done: 192 samples in [\d.]+ s of training, [\d,]+ samples/s", lines[-1])
 
 
-@pytest.mark.few(3)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_full_disk_for_metrics_stops_all_after_a_save(tmp_path, step):
     """The error is one line, and nothing that was trained is lost."""
@@ -385,6 +387,8 @@ def test_a_line_that_nobody_can_read_is_not_tried_again():
         full.flush()
 
 
+@pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["01", "03", "05"])
 def test_where_nobody_can_read_the_lines_training_goes_on(tmp_path, step):
     """The log is on a full disk. The metrics, on another disk, are complete."""

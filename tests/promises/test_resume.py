@@ -63,6 +63,7 @@ def interrupted(whole, folder, step, last=80):
     assert step_of(snapshots(folder / "snapshots", sharded)[0]) == last
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("step", "ranks"), LAUNCHES)
 def test_resumed_in_the_middle_of_an_epoch_is_bit_identical(whole, tmp_path, step, ranks):
     interrupted(whole, tmp_path, step)
@@ -79,8 +80,8 @@ MORE_RANKS = [(step, ranks, model) for step in GROWN for ranks in (3, 4) for mod
 QUICK = [("02", 3, "cnn"), ("03", 4, "vit"), ("04", 3, "vit"), (SHARDED, 3, "cnn")]
 
 
-@pytest.mark.sample(5)
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "ranks", "model"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in MORE_RANKS],
@@ -97,6 +98,7 @@ def test_at_three_ranks_and_four_too(tmp_path, step, ranks, model):
     assert difference == 0.0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("step", "before", "ranks"), [("03", "02", 3), (SHARDED, SHARDED, 3), (SHARDED, SHARDED, 1)]
 )
@@ -113,6 +115,7 @@ def test_resumed_at_another_world_size(whole, tmp_path, step, before, ranks):
     assert run.test["correct"] == whole["01"].test["correct"]
 
 
+@pytest.mark.slow
 def test_one_epoch_with_each_step_is_as_many_epochs_of_step_01(whole, tmp_path):
     """The snapshot folder is passed on from step to step. Step 05 needs its snapshot converted."""
     ladder = [("01", 1), ("02", 2), ("03", 3), ("04", 2), (SHARDED, 3)]
@@ -139,6 +142,7 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in snapshots(tmp_path / "snapshots")}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_a_finished_run_of_one_step_is_evaluated_again(tmp_path, step):
@@ -171,6 +175,7 @@ def test_the_learning_rate_on_the_command_line_wins(whole, tmp_path, step):
     assert [group["lr"] for group in run.state["optimizer"]["param_groups"]] == [0.5]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "ranks"), [("01", 1), ("03", 3), (SHARDED, 2)])
 def test_a_resume_may_have_another_batch_size(tmp_path, step, ranks):
     """In the middle of an epoch: the rest of it is trained, and reported."""
@@ -192,6 +197,7 @@ FORGOTTEN = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 def test_a_resume_that_forgets_something_is_seen(whole, tmp_path, forgotten):
     planted(tmp_path, "01", FORGOTTEN[forgotten])
@@ -265,8 +271,8 @@ CASES = [*((step, "nothing") for step in FOLDERS), *(("02", guard) for guard in 
 CASES = [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("03", "04") else []) for case in CASES]
 
 
-@pytest.mark.sample(5)
-@pytest.mark.few(3)
+@pytest.mark.sample(4)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "without"), CASES)
 def test_random_numbers_go_on_where_they_were(tmp_path, step, without):
     """Each rank has its own random numbers. Without one of the guards, the test sees a difference."""
@@ -352,6 +358,8 @@ def test_torchrun_restarts_after_a_killed_rank(whole, tmp_path, victim, real):
     assert largest_difference(weights, whole["03"].weights) == 0.0
 
 
+@pytest.mark.sample(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("step", ["01", "02", "03", "04", "05"])
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
     """While the first one runs. A run that was killed leaves nothing locked."""
@@ -381,6 +389,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, step):
     assert status == 0 and "resumed from s" in out
 
 
+@pytest.mark.sample(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", ["01", "03", "04", "05"])
 def test_flags_that_differ_from_the_snapshots_are_told(tmp_path, step):
     """Another learning rate and more epochs may be intended; another schedule is more likely a mistake."""

@@ -45,6 +45,7 @@ def steps_and_sizes(*steps):
 
 
 @pytest.mark.sample(12)
+@pytest.mark.few(4)
 @steps_and_sizes(*GROWN)
 def test_every_step_ends_where_step_01_ends(proof, step, ranks, model):
     run, reference = proof(step, ranks, model), proof("01", 1, model)
@@ -52,6 +53,8 @@ def test_every_step_ends_where_step_01_ends(proof, step, ranks, model):
     assert disagreements(run, reference) == []
 
 
+@pytest.mark.sample(8)
+@pytest.mark.few(3)
 @steps_and_sizes("03", "04")
 def test_however_launched_the_ranks_do_the_same_to_the_last_bit(proof, step, ranks, model):
     run, other = proof(step, ranks, model), proof("02", ranks, model)
@@ -83,6 +86,7 @@ def test_the_loss_falls(proof, model):
     assert last < first - 0.3  # guessing among ten classes gives 2.30, and the loss would stay there
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("step", "ranks"), [("02", 3), ("03", 7), ("04", 4), ("05", 3)])
 def test_the_ranks_batches_together_are_the_batches_of_step_01(tmp_path, step, ranks):
     """Image by image, in two epochs, from a trace of what each rank draws; 451 images leave a remainder."""
@@ -121,7 +125,7 @@ def test_the_scripts_are_these():
     assert sorted(path.name for path in ROOT.glob("0*_*")) == list(FOLDERS.values())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_counts_are_exact_whatever_the_losses_dtype(tmp_path, step):
     """A bfloat16 model has bfloat16 losses, and bfloat16 would round 601 test images to 600.

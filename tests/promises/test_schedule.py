@@ -120,7 +120,7 @@ OWN = """    decayed, others = [], []
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", FOLDERS)
 def test_an_optimizer_of_ones_own_stays_as_it_was_built(tmp_path, step):
     """Two groups, with weight decay for some parameters. A resumed run ends the same, to the last bit."""
@@ -172,7 +172,8 @@ def said_rates(run):
     ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("step", ["01", "03", SHARDED])
 def test_a_scheduler_of_torchs_takes_the_place_of_ours(tmp_path, step, name):
@@ -196,7 +197,7 @@ QUICK = [("02", 2), ("03", 3), (SHARDED, 4)]
 
 
 @pytest.mark.sample(4)
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "ranks"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES],
@@ -210,7 +211,7 @@ def test_every_step_follows_it_alike(once, step, ranks):
     assert disagreements(reference, constant) != []
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [pytest.param(step, marks=[] if step in ("01", SHARDED) else pytest.mark.slow) for step in FOLDERS],
@@ -229,6 +230,7 @@ def test_resumed_it_goes_on_where_it_was(once, tmp_path, step):
     assert largest_difference(run.weights, whole.weights) == 0.0
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "before", "after"), [("03", 2, 3), (SHARDED, 3, 2)])
 def test_resumed_at_another_world_size_it_goes_on_from_the_same_place(tmp_path, step, before, after):
     """A rank's batch stays the same, so an epoch has more steps, or fewer. The rate must not jump."""

@@ -28,6 +28,7 @@ while time.monotonic() < end:
 APART = 1.2  # more than the second in which several signals count as one
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_those_that_come_together_are_one_and_a_later_one_ends_the_process(tmp_path, number):
     process = start([sys.executable, "-c", STUCK], tmp_path)
@@ -94,6 +95,7 @@ def test_where_nothing_can_be_printed_a_second_signal_ends_it_too(tmp_path):
     assert finish(process)[0] == 143
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("waits", [True, False])
 def test_only_a_process_that_waits_for_a_batch_is_ended_after_one_signal(tmp_path, waits):
     since = "time.monotonic()" if waits else "None"

@@ -21,6 +21,7 @@ def run(step, ranks, root, folder, *flags):
     return out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "ranks"), [("02", 2), ("03", 3), ("04", 2)])
 def test_a_save_longer_than_the_timeout_ends_no_run(tmp_path, step, ranks):
     line = "            torch.save(state, checked)"
@@ -38,6 +39,7 @@ SLOW = {  # lines of sharded.py, and the rank that is slow there
 }
 
 
+@pytest.mark.slow
 def test_step_05_waits_for_a_slow_disk_wherever_it_uses_one(tmp_path):
     root = planted(tmp_path / "root", SHARDED)
     flags = [*FLAGS, f"--timeout={SECONDS}"]
@@ -54,6 +56,7 @@ def test_step_05_waits_for_a_slow_disk_wherever_it_uses_one(tmp_path):
 TELLS = "os.write(1, f'{os.path.basename(path)} checked by {dist.get_rank()}\\n'.encode())"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_each_rank_checks_its_own_files_and_a_part_of_those_it_finds(tmp_path, ranks):
     opens = '    with open(path, "rb") as file:\n        return snapshot.checksum('

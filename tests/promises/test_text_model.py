@@ -128,6 +128,7 @@ def test_the_patches_change_the_same_lines():
 
 
 @pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "ranks", "accumulate"), GROWN)
 def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks, accumulate):
     """Even though the ranks of a step, and the batches of a rank, have different numbers of characters."""

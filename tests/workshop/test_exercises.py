@@ -41,6 +41,7 @@ def broken(out):
     return promise, out.partition(promise)[2]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_our_solution_passes(tmp_path, number):
     status, out = checked(tmp_path, number, TEXT_OF(FOLDERS[number], "solution"))
@@ -50,6 +51,7 @@ def test_our_solution_passes(tmp_path, number):
     assert "One more thing: " in out
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_starter_says_what_to_write(tmp_path, number):
     start_py = TEXT_OF(FOLDERS[number], "start")

@@ -99,6 +99,7 @@ def edit(file, *edits):
 
 
 @pytest.mark.sample(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", TRAINED)
 def test_it_trains_as_the_step_does(once, tmp_path, step):
     """Bit for bit, also when it resumes; with every file that it has, and with no other."""
