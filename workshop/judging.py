@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -66,43 +67,74 @@ class Verdict:
         return not self.broken
 
 
-MOVES = [
+COMMUNICATION = [
     *("send", "recv", "isend", "irecv", "batch_isend_irecv", "broadcast", "all_reduce", "reduce"),
     *("all_gather", "all_gather_into_tensor", "all_gather_single", "gather", "scatter", "all_to_all"),
     *("all_to_all_single", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "barrier"),
     *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
+    *("monitored_barrier", "send_object_list", "recv_object_list", "all_gather_coalesced"),
+    *("all_reduce_coalesced", "gather_into_tensor", "gather_single"),
 ]
+WAITING = ("wait", "synchronize", "is_completed", "result", "done", "value")  # methods of a Work or a Future
+
+
+@dataclass
+class Call:
+    """A call of a function of torch.distributed."""
+
+    name: str
+    numbers: int  # in the tensor
+    dst: int | None  # the rank that it sends to
+    waits: int = 0  # how often the caller has waited for it; a call that blocks is one wait
+
+
+class WatchedWork:
+    """Stands in for a Work or a Future, and counts how often somebody waits for it."""
+
+    def __init__(self, work: Any, call: Call):
+        self.work = work
+        self.call = call
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.work, name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if name in WAITING:
+                self.call.waits += 1
+            result = value(*args, **kwargs)
+            return WatchedWork(result, self.call) if name == "get_future" else result
+
+        return method if callable(value) else value
 
 
 @contextlib.contextmanager
-def calls(theirs: ModuleType) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Write down what the module asks of torch.distributed: the function, how many numbers, and to whom."""
-    called: list[tuple[str, dict[str, Any]]] = []
-    real = {name: getattr(dist, name) for name in MOVES if hasattr(dist, name)}
-    own = {name: word for name, value in vars(theirs).items() for word in real if value is real[word]}
+def calls(answer: ModuleType) -> Iterator[list[Call]]:
+    """Record which functions of torch.distributed are called, also by names that `answer` has imported."""
+    recorded: list[Call] = []
+    originals = {name: getattr(dist, name) for name in COMMUNICATION if hasattr(dist, name)}
 
-    def noting(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **words: Any) -> Any:
-            tensors = [value for value in (*args, *words.values()) if isinstance(value, torch.Tensor)]
-            facts = {"numbers": tensors[0].numel() if tensors else 0}
-            if "send" in name:
-                facts["dst"] = words["dst"] if "dst" in words else args[1]
-            called.append((name, facts))
-            return real[name](*args, **words)
+    def recording(name: str) -> Callable[..., Any]:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            call = Call(name, numbers=tensors[0].numel() if tensors else 0, dst=None)
+            if name in ("send", "isend"):
+                call.dst = kwargs["dst"] if "dst" in kwargs else args[1]
+            recorded.append(call)
+            result = originals[name](*args, **kwargs)
+            if hasattr(result, "wait"):
+                return WatchedWork(result, call)
+            call.waits += 1
+            return result
 
-        return call
+        return function
 
-    for name in real:
-        setattr(dist, name, noting(name))
-    for name, word in own.items():  # `from torch.distributed import all_reduce`
-        setattr(theirs, name, noting(word))
-    try:
-        yield called
-    finally:
-        for name, function in real.items():
-            setattr(dist, name, function)
-        for name, word in own.items():
-            setattr(theirs, name, real[word])
+    with contextlib.ExitStack() as patches:
+        for name, original in originals.items():
+            patches.enter_context(mock.patch.object(dist, name, recording(name)))
+            for imported, value in list(vars(answer).items()):  # `from torch.distributed import all_reduce`
+                if value is original:
+                    patches.enter_context(mock.patch.object(answer, imported, recording(name)))
+        yield recorded
 
 
 def load(path: Path) -> ModuleType:

@@ -31,7 +31,7 @@ def unchanged(theirs, rank, ranks):
 def by_hand(theirs, rank, ranks):
     with calls(theirs) as called:
         theirs.all_reduce(own(rank))
-    return [], sorted({name for name, _ in called} - {"send", "recv"})
+    return [], sorted({call.name for call in called} - {"send", "recv"})
 
 
 PROMISES = [

@@ -34,21 +34,21 @@ def unchanged(theirs, rank, ranks):
 def neighbors(theirs, rank, ranks):
     with calls(theirs) as called:
         theirs.ring_all_reduce(own(rank, 6))
-    to = sorted({found["dst"] for _, found in called if "dst" in found})
-    return [(rank + 1) % ranks] if ranks > 1 else [], to
+    receivers = sorted({call.dst for call in called if call.dst is not None})
+    return [(rank + 1) % ranks] if ranks > 1 else [], receivers
 
 
 def sent(theirs, rank, ranks):
     with calls(theirs) as called:
         theirs.ring_all_reduce(own(rank, 6))
-    numbers = sum(found["numbers"] for _, found in called if "dst" in found)
+    numbers = sum(call.numbers for call in called if call.dst is not None)
     return {"numbers sent": 2 * (ranks - 1) * 6 // ranks}, {"numbers sent": numbers}
 
 
 def by_hand(theirs, rank, ranks):
     with calls(theirs) as called:
         theirs.ring_all_reduce(own(rank, 6))
-    return [], sorted({name for name, _ in called} - {"send", "recv", "isend", "irecv"})
+    return [], sorted({call.name for call in called} - {"send", "recv", "isend", "irecv"})
 
 
 PROMISES = [

@@ -1,5 +1,7 @@
 """What exercise 05 promises."""
 
+import random
+
 import torch
 import torch.distributed as dist
 from judging import Promise
@@ -59,6 +61,21 @@ def repeats(theirs, rank, ranks):
     return "the same", "the same" if shares(theirs, rank, ranks, epoch=3) == one else "another"
 
 
+def like_cards(answer, rank, ranks):
+    """One rank alone gets the whole order. Of 61 images, the last one of the order is left over."""
+    order = list(map(int, answer.share(61, 2, 5, 0, 1)))
+    expected = order[: 61 // ranks * ranks][rank::ranks]
+    return expected, list(map(int, answer.share(61, 2, 5, rank, ranks)))
+
+
+def global_state(answer, rank, ranks):
+    before = {"torch": torch.get_rng_state().tolist(), "random": random.getstate()}
+    answer.share(length=60, epoch=0, seed=0, rank=rank, ranks=ranks)
+    after = {"torch": torch.get_rng_state().tolist(), "random": random.getstate()}
+    seen = {name: "as it was" if before[name] == after[name] else "changed" for name in before}
+    return dict.fromkeys(before, "as it was"), seen
+
+
 PROMISES = [
     Promise("60 images: each is dealt out once", once, TOLD),
     Promise("all shares are equally long", equal, TOLD),
@@ -67,4 +84,6 @@ PROMISES = [
     Promise("the next epoch has another order", epochs, TOLD),
     Promise("another seed has another order", seeds, TOLD),
     Promise("asked again, it is the same share, whatever else has drawn random numbers", repeats, TOLD),
+    Promise("dealt like cards: rank r takes every N-th image, beginning with the r-th", like_cards, TOLD),
+    Promise("the global random state stays as it was", global_state, TOLD),
 ]

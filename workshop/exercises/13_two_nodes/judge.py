@@ -1,10 +1,11 @@
 """What exercise 13 promises."""
 
+import sys
 import time
 from pathlib import Path
 
 import torch.distributed as dist
-from judging import Promise
+from judging import Promise, calls
 
 TOLD = "04_multinode/README.md, The idea"
 
@@ -58,6 +59,22 @@ def late_mark(theirs, rank, ranks):
     return named([True, False, False][:ranks]), everywhere(bool(theirs.saves(path)), ranks)
 
 
+def gone(answer, rank, ranks):
+    """After its last removal, a rank waits for the others: their marks may still be in the folder."""
+    calls_before_removal = [0]
+    path = folder("gone", 0)
+    with calls(answer) as called:
+
+        def note_removal(event, arguments):
+            if event in ("os.remove", "os.rmdir"):
+                calls_before_removal.append(len(called))
+
+        sys.addaudithook(note_removal)  # hears of each removal, whichever function is used for it
+        answer.saves(path)
+    waits = len(called) > calls_before_removal[-1]
+    return "waits for the others", "waits for the others" if waits else "returns at once"
+
+
 def clean(theirs, rank, ranks):
     path = folder("clean", 0)
     theirs.saves(path)
@@ -76,5 +93,6 @@ PROMISES = [
     Promise("so it is when rank 0 comes late", late_mark, TOLD),
     Promise("a disk in each node: the lowest rank of each node saves", own, TOLD),
     Promise("the folder is left as it was", clean, TOLD),
+    Promise("after a rank has removed its mark, it waits until all marks are gone", gone, TOLD, (2, 3)),
     Promise("a second call finds out anew", again, TOLD),
 ]

@@ -66,11 +66,14 @@ def kept(theirs, rank, ranks):
 def moved(theirs, rank, ranks):
     with calls(theirs) as called:
         tried(theirs, rank, ranks)
-    kinds = [
-        "reduce-scatter" if "reduce_scatter" in name else name.partition("_into")[0] for name, _ in called
-    ]
-    kinds = ["all_gather" if kind == "all_gather_single" else kind for kind in kinds]
-    return ["all_gather", "all_gather", "reduce-scatter"], sorted(kinds)
+    return ["all_gather", "all_gather", "reduce_scatter"], sorted(kind(call.name) for call in called)
+
+
+def kind(name):
+    """The name of a collective, without the ending that says how it takes its tensors."""
+    for ending in ("_into_tensor", "_tensor", "_single"):
+        name = name.removesuffix(ending)
+    return name
 
 
 PROMISES = [
