@@ -56,6 +56,8 @@ class Extra:
     """A promise of one exercise alone, and the run that shows it: two ranks on each of `nodes`, with `flags`.
 
     `check(reference, runs)` gets step 01's run and that of each node, and returns the lines of what is wrong.
+    With `resumes`, the run makes one epoch, loses its last snapshot, and is started again for two epochs;
+    `runs` are then the run before and the run after.
     """
 
     says: str
@@ -63,6 +65,7 @@ class Extra:
     flags: list[str]
     check: Callable[[Run, list[Attempt]], list[str]]
     nodes: int = 1
+    resumes: bool = False
 
 
 class Attempts:
@@ -128,6 +131,15 @@ class Attempts:
         run = read_run(name, place, out, err) if status == 0 and (place / "metrics.jsonl").exists() else None
         return Attempt(status, out, err, place, run)
 
+    def resume(self, name: str, seconds: float, *flags: str) -> Attempt:
+        """Start the run of this name again, for two epochs, from its snapshot after step SAVED."""
+        folder = self.folder / name / "snapshots"
+        for path in [*snapshots(folder), *snapshots(folder, sharded=True)]:
+            if step_of(path) > SAVED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run = self.start(name, self.command(2), *flags, "--epochs=2")
+        return self.wait(*run, seconds=seconds)
+
 
 def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
     """Judge a learner's script that is to be step `step`; `todo` tells where to begin."""
@@ -151,14 +163,15 @@ def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
         for name, process in begun[1:]:
             found[name] = attempts.wait(name, process, silence)
         if found["2 ranks"].status == 0:
-            saved = attempts.folder / "2 ranks" / "snapshots"
-            for path in [*snapshots(saved), *snapshots(saved, sharded=True)]:
-                if step_of(path) > SAVED:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            again = attempts.start("2 ranks", attempts.command(2), batch[2], "--epochs=2")
-            found["2 ranks, resumed"] = attempts.wait(*again, seconds=silence)
-        of_nodes = [[found[name] for name, _ in runs] for runs in of_extras]
-        return compared(step, todo, found, list(zip(extras, of_nodes, strict=True)))
+            found["2 ranks, resumed"] = attempts.resume("2 ranks", silence, batch[2])
+        extra_attempts = []
+        for extra, runs in zip(extras, of_extras, strict=True):
+            ended = [found[name] for name, _ in runs]
+            if extra.resumes and ended[0].status == 0:
+                [(name, _)] = runs
+                ended.append(attempts.resume(name, silence, *extra.flags))
+            extra_attempts.append((extra, ended))
+        return compared(step, todo, found, extra_attempts)
 
 
 def compared(
@@ -207,16 +220,7 @@ def compared(
 
     def losses(begin: int, stop: int) -> Callable[[], list[str]]:
         def check(name: str, run: Run) -> list[str]:
-            ours, theirs = (losses_of(each)[begin:stop] for each in (reference, run))
-            for number, (a, b) in enumerate(zip(ours, theirs, strict=False), start=begin + 1):
-                if abs(a - b) > TOLERANCE:
-                    return [
-                        f"with {name}, step {number}: expected {a:.10f}, as in step 01",
-                        f"  seen {b:.10f}",
-                    ]
-            if len(ours) != len(theirs):
-                return [f"with {name}: {len(theirs)} steps in this epoch", f"  expected {len(ours)}"]
-            return []
+            return other_losses(name, losses_of(reference)[begin:stop], losses_of(run)[begin:stop], begin + 1)
 
         return lambda: both(check, "2 ranks" if begin == 0 else "2 ranks, resumed")
 
@@ -325,17 +329,42 @@ def compared(
     return verdict
 
 
+def other_losses(name: str, expected: list[float], seen: list[float], first_step: int) -> list[str]:
+    """The first loss that is not step 01's, or another number of steps."""
+    for step, (a, b) in enumerate(zip(expected, seen, strict=False), start=first_step):
+        if abs(a - b) > TOLERANCE:
+            return [f"with {name}, step {step}: expected {a:.10f}, as in step 01", f"  seen {b:.10f}"]
+    if len(expected) != len(seen):
+        return [f"with {name}: {len(seen)} steps in this epoch", f"  expected {len(expected)}"]
+    return []
+
+
 def like_step_01(reference: Run, runs: list[Attempt]) -> list[str]:
-    """For an Extra: its run ends with step 01's weights, after as many steps."""
-    run = runs[0].run
-    if run is None or run.weights.keys() != reference.weights.keys():
+    """For an Extra that resumes: before and after, its losses are step 01's, and so are the last weights."""
+    first, resumed = (attempt.run for attempt in runs)
+    if first is None or resumed is None or resumed.weights.keys() != reference.weights.keys():
         return ["there are no metrics, or the snapshot's weights have other names"]
-    off = max(float((reference.weights[key] - run.weights[key]).abs().max()) for key in reference.weights)
-    if off > TOLERANCE or len(run.losses) != len(reference.losses):
+    expected = losses_of(reference)
+    if lines := other_losses("2 ranks", expected[:STEPS], losses_of(first), 1):
+        return lines
+    start = [place for place, event in enumerate(resumed.events) if event["event"] == "start"][-1]
+    steps_left = 0  # of the epoch in which the run was stopped
+    for event in resumed.events[start:]:
+        if event["event"] == "train" and event["epoch"] == 0:
+            steps_left += len(event["losses"])
+    if steps_left != STEPS - SAVED:
+        again = f"with 2 ranks, started again after step {SAVED} of {STEPS}"
         return [
-            f"with 2 ranks: {len(run.losses)} steps, weights differ by {off:.1e}",
-            f"  expected {len(reference.losses)} steps, and {TOLERANCE} at most",
+            f"{again}: it made {steps_left} steps more in this epoch",
+            f"  expected {STEPS - SAVED}: samples_seen counts the images of all batches of a step",
         ]
+    if lines := other_losses(
+        "2 ranks, started again", expected[SAVED:], losses_of(resumed)[SAVED:], SAVED + 1
+    ):
+        return lines
+    off = max(float((reference.weights[key] - resumed.weights[key]).abs().max()) for key in reference.weights)
+    if off > TOLERANCE:
+        return [f"with 2 ranks: weights differ by {off:.1e}", f"  expected {TOLERANCE} at most"]
     return []
 
 

@@ -19,9 +19,9 @@ def whole_test(reference, runs):
 
 
 def judge(file):
-    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=2"]
-    says = "--accumulate 3 with batches of 2 ends like batches of 6"
-    accumulated = Extra(says, TOLD_ACCUMULATE, accumulate, like_step_01)
+    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=1"]
+    says = "--accumulate 3 with batches of 2 is like batches of 6, also when the run is resumed"
+    accumulated = Extra(says, TOLD_ACCUMULATE, accumulate, like_step_01, resumes=True)
     # Of 7 images, 4 are rank 0's and 3 rank 1's. In batches of 3, that is one batch more.
     small = ["--eval-batch-size=3", "--batch-size=6", "--epochs=1"]
     says = "ranks with unequally many images to test on end, too"
