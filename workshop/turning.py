@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from break_it import end_all
-from judging import ROOT, Verdict
+from judging import ROOT, JudgeError, Verdict
 
 sys.path.insert(0, str(ROOT / "tests" / "harness"))
 
@@ -61,7 +61,7 @@ class Extra:
     """
 
     says: str
-    told: str
+    page: str
     flags: list[str]
     check: Callable[[Run, list[Attempt]], list[str]]
     nodes: int = 1
@@ -78,7 +78,7 @@ class Attempts:
         for name in ("common", *FOLDERS.values()):
             (folder / name).symlink_to(ROOT / name)
         self.script = folder / "workshop" / "mine" / file.name
-        self.script.write_text(file.read_text())
+        self.script.write_bytes(file.read_bytes())
         (folder / "imports.py").write_text(IMPORTS)
 
     def command(self, ranks: int, where: tuple[str, ...] = ("--standalone",)) -> list[str]:
@@ -181,9 +181,7 @@ def compared(
     page = f"{FOLDERS[step]}/README.md"
     reference = found["reference"].run
     if reference is None:
-        why = end_of(found["reference"])
-        print(f"error: not judged, because step 01 failed here: {why}", file=sys.stderr)
-        sys.exit(2)
+        raise JudgeError(f"step 01, the reference, failed on this machine: {end_of(found['reference'])}")
     verdict = Verdict()
 
     def both(check: Callable[[str, Run], list[str]], two: str = "2 ranks, resumed") -> list[str]:
@@ -319,11 +317,13 @@ def compared(
             if step == SHARDED
             else []
         ),
-        *((extra.says, extra.told, kept(extra, runs)) for extra, runs in extras),
+        *((extra.says, extra.page, kept(extra, runs)) for extra, runs in extras),
     ]
-    for says, told, check in promises:
+    for says, page, check in promises:
         if lines := check():
-            verdict.broken, verdict.lines, verdict.told = says, lines, told
+            verdict.broken = says
+            verdict.lines = lines
+            verdict.page = page
             break
         verdict.kept.append(says)
     return verdict

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from judging import Promise, calls
 from torch import nn
 
-TOLD = "02_multigpu_spawn/README.md, The process group"
+PAGE = "02_multigpu_spawn/README.md, The process group"
 
 
 def net():
@@ -37,17 +37,17 @@ def large(ranks, step=0):
     return gradients(model)
 
 
-def averaged(theirs, rank, ranks):
+def averaged(answer, rank, ranks):
     model = net()
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     backward(model, own(rank))
     ddp.finish()
     return large(ranks), gradients(model)
 
 
-def second_step(theirs, rank, ranks):
+def second_step(answer, rank, ranks):
     model = net()
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     for step in (0, 1):
         backward(model, own(rank, step))
         ddp.finish()
@@ -89,10 +89,10 @@ def no_wait(answer, rank, ranks):
     return {"waits before the first layer's gradient": 0}, {"waits before the first layer's gradient": waits}
 
 
-def frozen(theirs, rank, ranks):
+def frozen(answer, rank, ranks):
     model = net()
     model[0].weight.requires_grad_(False)
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     backward(model, own(rank))
     ddp.finish()
     expected = large(ranks)["2.weight"]
@@ -103,9 +103,9 @@ def frozen(theirs, rank, ranks):
 
 
 PROMISES = [
-    Promise("after finish() the gradients are those of one large batch", averaged, TOLD),
-    Promise("so they are in the second step", second_step, TOLD),
-    Promise("the all-reduces begin while backward() still computes", under_way, TOLD, (2, 3)),
-    Promise("no all-reduce is waited for while backward() still computes", no_wait, TOLD, (2, 3)),
-    Promise("a frozen parameter is passed over", frozen, TOLD),
+    Promise("after finish() the gradients are those of one large batch", averaged, PAGE),
+    Promise("so they are in the second step", second_step, PAGE),
+    Promise("the all-reduces begin while backward() still computes", under_way, PAGE, (2, 3)),
+    Promise("no all-reduce is waited for while backward() still computes", no_wait, PAGE, (2, 3)),
+    Promise("a frozen parameter is passed over", frozen, PAGE),
 ]
