@@ -92,6 +92,17 @@ def test_a_mistake_gets_its_message(tmp_path, wrong):
     assert re.search(wrong["says"], told)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("number", [number for number in NUMBERS if isinstance(number, str)])
+def test_a_broken_solution_fails_or_is_as_right(tmp_path, number):
+    """Each mutant of our solution breaks a promise, or equivalent_answers.toml says why it need not."""
+    program = ROOT / "tests" / "harness" / "answer_mutants.py"
+    status, out, err = finish(start([sys.executable, str(program), number], tmp_path), 600)
+    print(out, err)
+    assert re.match(rf"{number}: [1-9]\d* tried, [1-9]", out)
+    assert status == 0
+
+
 def all_judged(directory, *flags):
     """Run check.py --all; return its status, its output and its errors."""
     status, out, err = finish(start([*CHECK, "--all", str(directory), *flags], directory), 120)
