@@ -376,7 +376,7 @@ def verdict(promises: list[Promise], groups: list[Ranks], file: Path) -> Verdict
 def differences(ranks: int, pairs: list[tuple[Any, Any]]) -> list[str]:
     """What was expected, and what was seen on each rank; of long results, the first entry that differs."""
     lines = [f"with {ranks} rank{'s' * (ranks > 1)}:"]
-    if any(len(shown(expected)) + len(shown(seen)) > LONG for expected, seen in pairs):
+    if any(max(len(shown(expected)), len(shown(seen))) > LONG for expected, seen in pairs):
         for rank, (expected, seen) in enumerate(pairs):
             lines.append(f"  rank {rank}: {long_difference(expected, seen)}")
         return lines
