@@ -223,15 +223,15 @@ def test_a_process_that_waits_is_told_from_one_that_is_ready():
 
 def test_a_long_result_is_shown_by_its_first_difference():
     judging = load(WORKSHOP / "judging.py")
-    expected = {"weight": torch.arange(1.0, 41.0).reshape(2, 20), "bias": torch.ones(2)}
+    expected = {"weight": torch.arange(1.0, 41.0).reshape(2, 20) / 7, "bias": torch.ones(2)}
     summed = {name: 2 * tensor for name, tensor in expected.items()}
     other = {"weight": expected["weight"].clone(), "bias": torch.ones(2)}
     other["weight"][1][3] = 0.25
     assert judging.differences(3, [(expected, expected), (expected, summed), (expected, other)]) == [
         "with 3 ranks:",
         "  rank 0: as expected",
-        "  rank 1: at weight[0][0], expected 1, seen 2 (2 × the expected numbers)   <--",
-        "  rank 2: at weight[1][3], expected 24, seen 0.25   <--",
+        "  rank 1: at weight[0][0], expected 0.142857, seen 0.285714 (2 × the expected numbers)   <--",
+        "  rank 2: at weight[1][3], expected 3.42857, seen 0.25   <--",
     ]
     assert judging.differences(1, [(0.1, 0.1 + 1e-7)])[1:] == [
         "  expected on every rank: 0.1",
