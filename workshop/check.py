@@ -65,8 +65,8 @@ def text_of(exercise: Path, which: str) -> str:
     text = (HERE.parent / facts[which] / "train.py").read_text()
     here = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
     assert text.count(here) == 1
-    there = f'(Path(__file__).resolve().parents[2] / name for name in ("", "{facts["solution"]}"))'
-    return text.replace(here, f"sys.path[:0] = map(str, {there})")
+    folders = f'(Path(__file__).resolve().parents[2] / name for name in ("", "{facts["solution"]}"))'
+    return text.replace(here, f"sys.path[:0] = map(str, {folders})")
 
 
 def about(exercise: Path) -> dict[str, Any]:
@@ -228,8 +228,8 @@ def hint(number: str, folder: Path) -> None:
     hints = about(folder)["hints"]
     progress = remembered()
     given = min(progress["hints"].get(number, 0) + 1, len(hints))
-    for place, text in enumerate(hints[:given], start=1):
-        say(textwrap.fill(f"hint {place} of {len(hints)}: {text}", 100))
+    for position, text in enumerate(hints[:given], start=1):
+        say(textwrap.fill(f"hint {position} of {len(hints)}: {text}", 100))
     progress["hints"][number] = given
     remember(progress)
 
@@ -243,8 +243,9 @@ def solution(number: str, folder: Path, file: Path) -> None:
             return
         progress["agreed"].append(number)
         remember(progress)
-    mine, ours = (text.splitlines() for text in (file.read_text(), text_of(folder, "solution")))
-    for line in difflib.unified_diff(mine, ours, shorter(file), "our solution", lineterm=""):
+    learners_lines = file.read_text().splitlines()
+    our_lines = text_of(folder, "solution").splitlines()
+    for line in difflib.unified_diff(learners_lines, our_lines, shorter(file), "our solution", lineterm=""):
         say(line, {"+": "green", "-": "red"}.get(line[:1], ""))
 
 

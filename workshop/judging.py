@@ -373,9 +373,13 @@ def verdict(promises: list[Promise], groups: list[Ranks], file: Path) -> Verdict
     return result
 
 
+def with_ranks(ranks: int) -> str:
+    return "with 1 rank" if ranks == 1 else f"with {ranks} ranks"
+
+
 def differences(ranks: int, pairs: list[tuple[Any, Any]]) -> list[str]:
     """What was expected, and what was seen on each rank; of long results, the first entry that differs."""
-    lines = [f"with {ranks} rank{'s' * (ranks > 1)}:"]
+    lines = [f"{with_ranks(ranks)}:"]
     if any(max(len(shown(expected)), len(shown(seen))) > LONG for expected, seen in pairs):
         for rank, (expected, seen) in enumerate(pairs):
             lines.append(f"  rank {rank}: {long_difference(expected, seen)}")
@@ -447,7 +451,7 @@ def times_expected(expected: Any, seen: Any) -> str:
 
 def what_happened(group: Ranks, pairs: list[Any], file: Path) -> list[str]:
     """Why some ranks have no result for a promise: an error, or a hang."""
-    head = f"with {group.ranks} rank{'s' * (group.ranks > 1)}"
+    head = with_ranks(group.ranks)
     failures: list[tuple[int, str, int]] = []
     for rank, process in enumerate(group.processes):
         error = error_in(group.text(rank, "err"), file)
