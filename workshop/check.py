@@ -65,7 +65,9 @@ def text_of(exercise: Path, which: str) -> str:
     text = (HERE.parent / facts[which] / "train.py").read_text()
     here = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
     assert text.count(here) == 1
-    folders = f'(Path(__file__).resolve().parents[2] / name for name in ("", "{facts["solution"]}"))'
+    # Both steps' folders: the script imports modules of the first one, and may import some of the second.
+    names = f'("", "{facts["solution"]}", "{facts["start"]}")'
+    folders = f"(Path(__file__).resolve().parents[2] / name for name in {names})"
     return text.replace(here, f"sys.path[:0] = map(str, {folders})")
 
 

@@ -10,6 +10,7 @@ A rank is a fork of this process, which has imported torch (tests/harness/forks.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import math
@@ -70,6 +71,7 @@ class Verdict:
     broken: str = ""
     lines: list[str] = field(default_factory=list)
     page: str = ""
+    hung: bool = False  # some ranks had to be ended
 
     @property
     def passed(self) -> bool:
@@ -248,10 +250,20 @@ def be_a_rank(exercise: Path, file: Path, folder: Path) -> None:
 
 
 def judge(exercise: Path, file: Path) -> Verdict:
-    """Try a learner's file on all world sizes at the same time."""
+    """Judge a learner's file. If it hangs, try it once more, because a machine can stop for a while."""
     judge_py = load(exercise / "judge.py")
     if hasattr(judge_py, "judge"):  # the exercise is a whole script
-        return judge_py.judge(file)
+        judge_once = judge_py.judge
+    else:
+        judge_once = functools.partial(judge_functions, exercise, judge_py.PROMISES)
+    verdict: Verdict = judge_once(file)
+    if verdict.hung:
+        verdict = judge_once(file)
+    return verdict
+
+
+def judge_functions(exercise: Path, promises: list[Promise], file: Path) -> Verdict:
+    """Try a learner's file on all world sizes at the same time."""
     with tempfile.TemporaryDirectory(prefix="judging-") as name:
         folder = Path(name)
         groups = [start(exercise, file, ranks, folder / str(ranks)) for ranks in WORLD_SIZES]
@@ -264,7 +276,7 @@ def judge(exercise: Path, file: Path) -> Verdict:
                     os.killpg(process.pid, 9)
             for process in processes:
                 process.wait(10)
-        return verdict(judge_py.PROMISES, groups, file)
+        return compare(promises, groups, file)
 
 
 class Watch:
@@ -351,9 +363,9 @@ def end(watch: Watch, is_over: bool) -> bool:
     return is_over
 
 
-def verdict(promises: list[Promise], groups: list[Ranks], file: Path) -> Verdict:
+def compare(promises: list[Promise], groups: list[Ranks], file: Path) -> Verdict:
     """Compare what the ranks have found, promise by promise, up to the first that is broken."""
-    result = Verdict()
+    result = Verdict(hung=any(group.hung for group in groups))
     found = {group.ranks: [group.results(rank) for rank in range(group.ranks)] for group in groups}
     for number, promise in enumerate(promises):
         for group in groups:
@@ -513,12 +525,14 @@ def prepare() -> None:
     """From now on, start Python processes as forks of this one, as the tests do."""
     import torch.distributed.run
     import torch.multiprocessing
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     if subprocess.Popen is not forks.Fork:
         torch.multiprocessing.spawn = forks.spawn
         forks.PATH.extend(sys.path)
         forks.MODULES.update(sys.modules)
         subprocess.Popen = forks.Fork  # type: ignore[misc]
+        subprocess_handler.Popen = forks.Fork  # type: ignore[misc]  # torchrun has imported the name
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, errors, finish, load, start, state, wait_until
+from helpers import ROOT, command, errors, finish, load, ranks_of, start, state, wait_until
 
 WORKSHOP = ROOT / "workshop"
 TEXT_OF, ABOUT = (getattr(load(WORKSHOP / "check.py"), name) for name in ("text_of", "about"))
@@ -35,7 +35,7 @@ def checked(folder, number, text):
         if "todo" in ABOUT(FOLDERS[number]):  # many ranks: only two files at a time, or they seem to hang
             lock = folder.parents[1] / f"judging-{zlib.crc32(folder.name.encode()) % 2}.lock"
             stack.enter_context(FileLock(lock, timeout=600))
-        status, out, err = finish(start([*CHECK, number, str(file)], folder), 60)
+        status, out, err = finish(start([*CHECK, number, str(file)], folder), 180)
     print(out, err)
     return status, out
 
@@ -67,6 +67,23 @@ def test_the_starter_says_what_to_write(tmp_path, number):
         holes = re.findall(r'raise NotImplementedError\(\s*"(.*)"', start_py)
         assert holes and re.search(r"not written yet in line \d+ of answer.py: ", said)
         assert any(hole in said for hole in holes)
+
+
+@pytest.mark.parametrize("number", [number for number, folder in FOLDERS.items() if "todo" in ABOUT(folder)])
+def test_a_whole_script_starts_as_one_that_runs(tmp_path, number):
+    """It lies in another folder than the step's own script, and still finds the step's modules."""
+    folder = tmp_path / "workshop" / "mine"
+    folder.mkdir(parents=True)
+    for path in [ROOT / "common", *ROOT.glob("0[1-5]_*")]:
+        (tmp_path / path.name).symlink_to(path)
+    script = folder / f"{number}.py"
+    script.write_text(TEXT_OF(FOLDERS[number], "start"))
+    step = ABOUT(FOLDERS[number])["start"][:2]
+    words = [str(script) if word.endswith("train.py") else word for word in command(step, ranks_of(step))]
+    status, out, err = finish(
+        start([*words, "--num-samples=48", "--batch-size=4", "--epochs=1", "--use-gpu=0"], tmp_path)
+    )
+    assert (status, errors(err)) == (0, []) and "test loss" in out
 
 
 WRONG = tomllib.loads((ROOT / "tests" / "workshop" / "wrong_answers.toml").read_text())["wrong"]
