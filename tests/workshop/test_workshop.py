@@ -61,11 +61,11 @@ def test_each_exercise_has_its_page():
         minutes = re.search(r"^minutes = (\d+)$", facts, re.M)[1]
         assert f"*{minutes} minutes.*" in page and 5 <= int(minutes) <= 60
         assert 2 <= len(re.findall(r'^    "', facts, re.M)) <= 3  # hints
-        for told in re.findall(r'^TOLD\w* = "(.*)"$', (folder / "judge.py").read_text(), re.M):
-            for place in told.split(", and "):
+        for pages in re.findall(r'^PAGE\w* = "(.*)"$', (folder / "judge.py").read_text(), re.M):
+            for place in pages.split(", and "):
                 name, _, head = place.partition(", ")
                 text = (ROOT / name).read_text()
-                assert re.search(rf"^#+ {re.escape(head)}$", text, re.M) or not head or head in text, told
+                assert re.search(rf"^#+ {re.escape(head)}$", text, re.M) or not head or head in text, pages
 
 
 def test_what_is_given_is_alike_in_starter_and_solution():

@@ -3,7 +3,7 @@
 import torch
 from judging import Promise, calls
 
-TOLD = "docs/reference/prediction.md, and 02_multigpu_spawn/README.md, The process group"
+PAGE = "docs/reference/prediction.md, and 02_multigpu_spawn/README.md, The process group"
 
 
 def own(rank, length):
@@ -15,47 +15,47 @@ def total(ranks, length):
     return sum(own(rank, length) for rank in range(ranks))
 
 
-def sums(theirs, rank, ranks):
-    return total(ranks, 6), theirs.ring_all_reduce(own(rank, 6))
+def sums(answer, rank, ranks):
+    return total(ranks, 6), answer.ring_all_reduce(own(rank, 6))
 
 
-def ragged(theirs, rank, ranks):
+def ragged(answer, rank, ranks):
     lengths = (7, 4, 1)  # of four numbers, `chunk(3)` makes two pieces
     expected = {f"{length} numbers": total(ranks, length) for length in lengths}
-    return expected, {f"{length} numbers": theirs.ring_all_reduce(own(rank, length)) for length in lengths}
+    return expected, {f"{length} numbers": answer.ring_all_reduce(own(rank, length)) for length in lengths}
 
 
-def unchanged(theirs, rank, ranks):
+def unchanged(answer, rank, ranks):
     mine = own(rank, 6)
-    theirs.ring_all_reduce(mine)
+    answer.ring_all_reduce(mine)
     return own(rank, 6), mine
 
 
-def neighbors(theirs, rank, ranks):
-    with calls(theirs) as called:
-        theirs.ring_all_reduce(own(rank, 6))
-    to = sorted({found["dst"] for _, found in called if "dst" in found})
-    return [(rank + 1) % ranks] if ranks > 1 else [], to
+def neighbors(answer, rank, ranks):
+    with calls(answer) as called:
+        answer.ring_all_reduce(own(rank, 6))
+    receivers = sorted({call.dst for call in called if call.dst is not None})
+    return [(rank + 1) % ranks] if ranks > 1 else [], receivers
 
 
-def sent(theirs, rank, ranks):
-    with calls(theirs) as called:
-        theirs.ring_all_reduce(own(rank, 6))
-    numbers = sum(found["numbers"] for _, found in called if "dst" in found)
+def sent(answer, rank, ranks):
+    with calls(answer) as called:
+        answer.ring_all_reduce(own(rank, 6))
+    numbers = sum(call.numbers for call in called if call.dst is not None)
     return {"numbers sent": 2 * (ranks - 1) * 6 // ranks}, {"numbers sent": numbers}
 
 
-def by_hand(theirs, rank, ranks):
-    with calls(theirs) as called:
-        theirs.ring_all_reduce(own(rank, 6))
-    return [], sorted({name for name, _ in called} - {"send", "recv", "isend", "irecv"})
+def by_hand(answer, rank, ranks):
+    with calls(answer) as called:
+        answer.ring_all_reduce(own(rank, 6))
+    return [], sorted({call.name for call in called} - {"send", "recv", "isend", "irecv"})
 
 
 PROMISES = [
-    Promise("every rank has the sum of all ranks' tensors", sums, TOLD),
-    Promise("also if the length is not a multiple of the number of ranks", ragged, TOLD),
-    Promise("the tensor that was given stays as it was", unchanged, TOLD),
-    Promise("only send and receive move numbers between ranks", by_hand, TOLD),
-    Promise("a rank sends to its right neighbor, and to nobody else", neighbors, TOLD),
-    Promise("a rank sends 2 (N - 1) chunks, not whole tensors", sent, TOLD),
+    Promise("every rank has the sum of all ranks' tensors", sums, PAGE),
+    Promise("also if the length is not a multiple of the number of ranks", ragged, PAGE),
+    Promise("the tensor that was given stays as it was", unchanged, PAGE),
+    Promise("only send and receive move numbers between ranks", by_hand, PAGE),
+    Promise("a rank sends to its right neighbor, and to nobody else", neighbors, PAGE),
+    Promise("a rank sends 2 (N - 1) chunks, not whole tensors", sent, PAGE),
 ]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from judging import Promise
 from torch import nn
 
-TOLD = "02_multigpu_spawn/README.md, The process group"
+PAGE = "02_multigpu_spawn/README.md, The process group"
 
 
 def net(seed):
@@ -26,19 +26,19 @@ def own(rank):
     return torch.randn(5, 4, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
 
 
-def beginnings(theirs, rank, ranks):
-    model, theirs_too = net(seed=0), net(seed=rank)
+def beginnings(answer, rank, ranks):
+    model, model_of_answer = net(seed=0), net(seed=rank)
     model.requires_grad_(True)
-    theirs.same_start(theirs_too)
-    return first(model), first(theirs_too)
+    answer.same_start(model_of_answer)
+    return first(model), first(model_of_answer)
 
 
-def averages(theirs, rank, ranks):
+def averages(answer, rank, ranks):
     """Batch norm's: another state that no gradient makes alike."""
     model = net(seed=0)
     with torch.no_grad():
         model[1].running_mean += rank + 1
-    theirs.same_start(model)
+    answer.same_start(model)
     return [1.0] * 3, model[1].running_mean.tolist()
 
 
@@ -55,48 +55,48 @@ def gradient(model, batches):
     return model.weight.grad.clone()
 
 
-def one_large_batch(theirs, rank, ranks):
+def one_large_batch(answer, rank, ranks):
     model = linear(seed=0)
     expected = gradient(model, [own(each) for each in range(ranks)])
     gradient(model, [own(rank)])
-    theirs.average_gradients(model)
+    answer.average_gradients(model)
     return expected, model.weight.grad
 
 
-def weights_stay(theirs, rank, ranks):
+def weights_stay(answer, rank, ranks):
     """It is the optimizer that changes them."""
     model = linear(seed=rank)
     before = model.weight.detach().clone()
     gradient(model, [own(rank)])
-    theirs.average_gradients(model)
+    answer.average_gradients(model)
     return before, model.weight.detach()
 
 
-def without(theirs, rank, ranks):
+def without(answer, rank, ranks):
     """A frozen parameter has no gradient, and gets none."""
     model = linear(seed=0)
     model.bias.requires_grad_(False)
     expected = gradient(model, [own(each) for each in range(ranks)])
     gradient(model, [own(rank)])
-    theirs.average_gradients(model)
+    answer.average_gradients(model)
     return [expected, "none"], [model.weight.grad, "none" if model.bias.grad is None else "a gradient"]
 
 
-def every_parameter(theirs, rank, ranks):
+def every_parameter(answer, rank, ranks):
     model = linear(seed=0)
     gradient(model, [own(each) for each in range(ranks)])
     expected = model.bias.grad.clone()
     gradient(model, [own(rank)])
-    theirs.average_gradients(model)
+    answer.average_gradients(model)
     dist.barrier()
     return expected, model.bias.grad
 
 
 PROMISES = [
-    Promise("all ranks begin with rank 0's weights", beginnings, TOLD),
-    Promise("all ranks begin with rank 0's buffers, too", averages, TOLD),
-    Promise("gradients are those of one large batch: the mean", one_large_batch, TOLD),
-    Promise("each parameter's gradient is averaged, the bias's too", every_parameter, TOLD),
-    Promise("weights stay as they are: only gradients are averaged", weights_stay, TOLD),
-    Promise("a frozen parameter, without a gradient, is passed over", without, TOLD),
+    Promise("all ranks begin with rank 0's weights", beginnings, PAGE),
+    Promise("all ranks begin with rank 0's buffers, too", averages, PAGE),
+    Promise("gradients are those of one large batch: the mean", one_large_batch, PAGE),
+    Promise("each parameter's gradient is averaged, the bias's too", every_parameter, PAGE),
+    Promise("weights stay as they are: only gradients are averaged", weights_stay, PAGE),
+    Promise("a frozen parameter, without a gradient, is passed over", without, PAGE),
 ]

@@ -1,11 +1,13 @@
 """What exercise 04 promises."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from judging import Promise, calls
 from torch import nn
 
-TOLD = "02_multigpu_spawn/README.md, The process group"
+PAGE = "02_multigpu_spawn/README.md, The process group"
 
 
 def net():
@@ -35,41 +37,62 @@ def large(ranks, step=0):
     return gradients(model)
 
 
-def averaged(theirs, rank, ranks):
+def averaged(answer, rank, ranks):
     model = net()
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     backward(model, own(rank))
     ddp.finish()
     return large(ranks), gradients(model)
 
 
-def second_step(theirs, rank, ranks):
+def second_step(answer, rank, ranks):
     model = net()
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     for step in (0, 1):
         backward(model, own(rank, step))
         ddp.finish()
     return large(ranks, 1), gradients(model)
 
 
-def under_way(theirs, rank, ranks):
-    """At the time when the first layer's backward pass begins, the last layer's all-reduces have begun."""
-    model, seen = net(), []
-    with calls(theirs) as called:
-        theirs.Overlapped(model)
-        model[1].register_full_backward_hook(
-            lambda *_: seen.append(sum(n == "all_reduce" for n, _ in called))
-        )
+def watched_backward(answer, rank):
+    """The calls at the moment when the first layer's backward pass begins, and those after backward()."""
+    model = net()
+    before_first_layer = []
+    with calls(answer) as called:
+        ddp = answer.Overlapped(model)
+
+        def remember(*_):
+            before_first_layer.extend(copy.copy(call) for call in called)
+
+        model[1].register_full_backward_hook(remember)
         backward(model, own(rank))
-        after = sum(name == "all_reduce" for name, _ in called)
+        after_backward = [copy.copy(call) for call in called]
+        ddp.finish()
+    return before_first_layer, after_backward
+
+
+def under_way(answer, rank, ranks):
+    """When the first layer's backward pass begins, the last layer's all-reduces have begun."""
+    before_first_layer, after_backward = watched_backward(answer, rank)
     expected = {"begun before the first layer's gradient": 2, "begun when backward() is over": 4}
-    return expected, dict(zip(expected, (seen[0], after), strict=True))
+    counts = [
+        sum(call.name == "all_reduce" for call in calls_so_far)
+        for calls_so_far in (before_first_layer, after_backward)
+    ]
+    return expected, dict(zip(expected, counts, strict=True))
 
 
-def frozen(theirs, rank, ranks):
+def no_wait(answer, rank, ranks):
+    """A hook that waits for its all-reduce stops backward() until all ranks have come to it."""
+    before_first_layer, _ = watched_backward(answer, rank)
+    waits = sum(call.waits for call in before_first_layer)
+    return {"waits before the first layer's gradient": 0}, {"waits before the first layer's gradient": waits}
+
+
+def frozen(answer, rank, ranks):
     model = net()
     model[0].weight.requires_grad_(False)
-    ddp = theirs.Overlapped(model)
+    ddp = answer.Overlapped(model)
     backward(model, own(rank))
     ddp.finish()
     expected = large(ranks)["2.weight"]
@@ -80,8 +103,9 @@ def frozen(theirs, rank, ranks):
 
 
 PROMISES = [
-    Promise("after finish() the gradients are those of one large batch", averaged, TOLD),
-    Promise("so they are in the second step", second_step, TOLD),
-    Promise("the all-reduces begin while backward() still computes", under_way, TOLD),
-    Promise("a frozen parameter is passed over", frozen, TOLD),
+    Promise("after finish() the gradients are those of one large batch", averaged, PAGE),
+    Promise("so they are in the second step", second_step, PAGE),
+    Promise("the all-reduces begin while backward() still computes", under_way, PAGE, (2, 3)),
+    Promise("no all-reduce is waited for while backward() still computes", no_wait, PAGE, (2, 3)),
+    Promise("a frozen parameter is passed over", frozen, PAGE),
 ]

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from judging import Promise
 from torch import nn
 
-TOLD = "02_multigpu_spawn/README.md, The evaluation"
+PAGE = "02_multigpu_spawn/README.md, The evaluation"
 RIGHT = [True, True, False, True, False, False, True, True, True, False]  # of ten images
 
 
@@ -28,10 +28,10 @@ class Oracle(nn.Module):
         return outputs
 
 
-def tried(theirs, count=10, training=True):
+def tried(answer, count=10, training=True):
     images = torch.arange(count, dtype=torch.float32).reshape(-1, 1)
     model = Oracle().train(training)
-    found = theirs.evaluate(model, images, torch.arange(count) % 3)
+    found = answer.evaluate(model, images, torch.arange(count) % 3)
     return model, tuple(map(int, found))
 
 
@@ -41,49 +41,49 @@ def everywhere(mine, ranks):
     return found
 
 
-def once(theirs, rank, ranks):
-    model, _ = tried(theirs)
+def once(answer, rank, ranks):
+    model, _ = tried(answer)
     seen = sorted(number for seen in everywhere(model.seen, ranks) for number in seen)
     return {"seen on all ranks together": list(range(10))}, {"seen on all ranks together": seen}
 
 
-def counted(theirs, rank, ranks):
-    return {"right": sum(RIGHT), "images": 10}, dict(zip(("right", "images"), tried(theirs)[1], strict=True))
+def counted(answer, rank, ranks):
+    return {"right": sum(RIGHT), "images": 10}, dict(zip(("right", "images"), tried(answer)[1], strict=True))
 
 
-def shares(theirs, rank, ranks):
-    model, _ = tried(theirs)
+def shares(answer, rank, ranks):
+    model, _ = tried(answer)
     lengths = [len(seen) for seen in everywhere(model.seen, ranks)]
     told = f"images of each rank: {lengths}"
     return "one image apart at most", "one image apart at most" if max(lengths) - min(lengths) < 2 else told
 
 
-def few(theirs, rank, ranks):
+def few(answer, rank, ranks):
     """Two images: at three ranks one rank has none."""
-    return (sum(RIGHT[:2]), 2), tried(theirs, count=2)[1]
+    return (sum(RIGHT[:2]), 2), tried(answer, count=2)[1]
 
 
-def mode(theirs, rank, ranks):
-    return ["eval"], sorted(tried(theirs)[0].modes)
+def mode(answer, rank, ranks):
+    return ["eval"], sorted(tried(answer)[0].modes)
 
 
-def left(theirs, rank, ranks):
-    modes = [tried(theirs, training=training)[0].training for training in (True, False)]
+def left(answer, rank, ranks):
+    modes = [tried(answer, training=training)[0].training for training in (True, False)]
     return {"was training": True, "was not": False}, dict(
         zip(("was training", "was not"), modes, strict=True)
     )
 
 
-def gradients(theirs, rank, ranks):
-    return "none", "none" if tried(theirs)[0].gradients == {False} else "some are kept"
+def gradients(answer, rank, ranks):
+    return "none", "none" if tried(answer)[0].gradients == {False} else "some are kept"
 
 
 PROMISES = [
-    Promise("all ranks together pass each image through the model once", once, TOLD),
-    Promise("the two numbers are those of all images, on every rank", counted, TOLD),
-    Promise("the shares are equally long, or one image apart", shares, TOLD),
-    Promise("a rank without any image takes part", few, TOLD),
-    Promise("the model is in eval mode while it is tested", mode, TOLD),
-    Promise("the model is left in the mode that it was in", left, TOLD),
-    Promise("no gradients are kept", gradients, TOLD),
+    Promise("all ranks together pass each image through the model once", once, PAGE),
+    Promise("the two numbers are those of all images, on every rank", counted, PAGE),
+    Promise("the shares are equally long, or one image apart", shares, PAGE),
+    Promise("a rank without any image takes part", few, PAGE),
+    Promise("the model is in eval mode while it is tested", mode, PAGE),
+    Promise("the model is left in the mode that it was in", left, PAGE),
+    Promise("no gradients are kept", gradients, PAGE),
 ]

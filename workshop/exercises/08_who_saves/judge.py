@@ -8,7 +8,7 @@ import torch.distributed as dist
 from judging import Promise
 from torch import nn
 
-TOLD = "02_multigpu_spawn/README.md, Who saves"
+PAGE = "02_multigpu_spawn/README.md, Who saves"
 
 
 def net(value):
@@ -52,36 +52,36 @@ def read(path):
         return f"no whole file: {type(error).__name__}"
 
 
-def round_trip(theirs, rank, ranks):
+def round_trip(answer, rank, ranks):
     model = net(0.0)
-    theirs.save(net(7.0), Path("once.pt"))
-    theirs.load(model, Path("once.pt"))
+    answer.save(net(7.0), Path("once.pt"))
+    answer.load(model, Path("once.pt"))
     return [7.0, 7.0], model.weight.flatten().tolist()
 
 
-def who(theirs, rank, ranks):
+def who(answer, rank, ranks):
     with Saves() as saves:
-        theirs.save(net(1.0), Path("who.pt"))
+        answer.save(net(1.0), Path("who.pt"))
     return {"files that this rank writes": int(rank == 0)}, {"files that this rank writes": len(saves.paths)}
 
 
-def whole(theirs, rank, ranks):
+def whole(answer, rank, ranks):
     """Rank 0 is slow, until another rank is through before it, which must not be."""
     through = Path("through")
     with Saves(waits_for=through if rank == 0 and ranks > 1 else None):
-        theirs.save(net(2.0), Path("slow.pt"))
+        answer.save(net(2.0), Path("slow.pt"))
     found = read(Path("slow.pt"))
     through.touch()
     return [2.0, 2.0], found
 
 
-def killed(theirs, rank, ranks):
+def killed(answer, rank, ranks):
     """Rank 0 alone, as the others would wait for it: it dies in the middle of the second save."""
     path = Path("killed.pt")
-    theirs.save(net(3.0), path)
+    answer.save(net(3.0), path)
     if rank == 0:
         with Saves(fails=True):
-            theirs.save(net(4.0), path)
+            answer.save(net(4.0), path)
     elif ranks > 1:
         dist.barrier()  # stands in for the one that rank 0 does not come to
     if rank == 0 and ranks > 1:
@@ -89,21 +89,21 @@ def killed(theirs, rank, ranks):
     return [3.0, 3.0], read(path)
 
 
-def names(theirs, rank, ranks):
-    theirs.save(net(5.0), Path("names.pt"))
+def names(answer, rank, ranks):
+    answer.save(net(5.0), Path("names.pt"))
     return ["weight"], sorted(torch.load("names.pt"))
 
 
-def nothing_left(theirs, rank, ranks):
-    theirs.save(net(6.0), Path("left.pt"))
+def nothing_left(answer, rank, ranks):
+    answer.save(net(6.0), Path("left.pt"))
     return ["left.pt"], sorted(path.name for path in Path(".").glob("*left*"))
 
 
 PROMISES = [
-    Promise("when save returns, the file is there and whole, on every rank", whole, TOLD),
-    Promise("what is loaded is what was saved", round_trip, TOLD),
-    Promise("rank 0 writes, and nobody else", who, TOLD),
-    Promise("the file has the names of the model's state_dict", names, TOLD),
-    Promise("a run that is killed while it saves leaves the file from before", killed, TOLD),
-    Promise("no other file is left", nothing_left, TOLD),
+    Promise("when save returns, the file is there and whole, on every rank", whole, PAGE),
+    Promise("what is loaded is what was saved", round_trip, PAGE),
+    Promise("rank 0 writes, and nobody else", who, PAGE),
+    Promise("the file has the names of the model's state_dict", names, PAGE),
+    Promise("a run that is killed while it saves leaves the file from before", killed, PAGE),
+    Promise("no other file is left", nothing_left, PAGE),
 ]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-TOLD = "04_multinode/README.md, A slow network: several batches in one step"
+PAGE = "04_multinode/README.md, A slow network: several batches in one step"
 
 
 def batch(rank, number):
@@ -21,7 +21,7 @@ def net():
     return nn.Linear(3, 2).double()
 
 
-def trained(theirs, rank, count=4, steps=1):
+def trained(answer, rank, count=4, steps=1):
     """The weights after some steps, and how often DDP has averaged in each."""
     averaged = []
 
@@ -33,7 +33,7 @@ def trained(theirs, rank, count=4, steps=1):
     model.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(steps):
-        theirs.train_step(model, optimizer, [batch(rank, count * step + number) for number in range(count)])
+        answer.train_step(model, optimizer, [batch(rank, count * step + number) for number in range(count)])
     return model.module.weight.detach().clone(), len(averaged) / steps
 
 
@@ -54,25 +54,25 @@ def named(weights):
     return {"weights after the steps": weights}
 
 
-def one(theirs, rank, ranks):
-    return named(large(ranks, count=1)), named(trained(theirs, rank, count=1)[0])
+def one(answer, rank, ranks):
+    return named(large(ranks, count=1)), named(trained(answer, rank, count=1)[0])
 
 
-def four(theirs, rank, ranks):
-    return named(large(ranks)), named(trained(theirs, rank)[0])
+def four(answer, rank, ranks):
+    return named(large(ranks)), named(trained(answer, rank)[0])
 
 
-def twice(theirs, rank, ranks):
-    return named(large(ranks, steps=2)), named(trained(theirs, rank, steps=2)[0])
+def twice(answer, rank, ranks):
+    return named(large(ranks, steps=2)), named(trained(answer, rank, steps=2)[0])
 
 
-def once(theirs, rank, ranks):
-    return {"all-reduces in a step": 1.0}, {"all-reduces in a step": trained(theirs, rank)[1]}
+def once(answer, rank, ranks):
+    return {"all-reduces in a step": 1.0}, {"all-reduces in a step": trained(answer, rank)[1]}
 
 
 PROMISES = [
-    Promise("one batch: the step that one large batch over all ranks would make", one, TOLD),
-    Promise("four batches: the step of one large batch of them all", four, TOLD),
-    Promise("the second step begins with no gradients from the first", twice, TOLD),
-    Promise("DDP averages once in a step", once, TOLD),
+    Promise("one batch: the step that one large batch over all ranks would make", one, PAGE),
+    Promise("four batches: the step of one large batch of them all", four, PAGE),
+    Promise("the second step begins with no gradients from the first", twice, PAGE),
+    Promise("DDP averages once in a step", once, PAGE),
 ]

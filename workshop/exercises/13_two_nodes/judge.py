@@ -1,12 +1,13 @@
 """What exercise 13 promises."""
 
+import sys
 import time
 from pathlib import Path
 
 import torch.distributed as dist
-from judging import Promise
+from judging import Promise, calls
 
-TOLD = "04_multinode/README.md, The idea"
+PAGE = "04_multinode/README.md, The idea"
 
 
 def everywhere(mine, ranks):
@@ -27,14 +28,14 @@ def folder(name, disk):
     return path
 
 
-def own(theirs, rank, ranks):
+def own(answer, rank, ranks):
     """Three ranks: 0 and 1 on one node, 2 on the other; two: one on each."""
     disk = rank if ranks < 3 else rank // 2
-    found = everywhere(bool(theirs.saves(folder("own", disk))), ranks)
+    found = everywhere(bool(answer.saves(folder("own", disk))), ranks)
     return named([True, False, True] if ranks == 3 else [True] * ranks), found
 
 
-def slow(theirs, rank, ranks):
+def slow(answer, rank, ranks):
     """All but rank 0 look late: their disk is slow. First of all, or chance would choose the message."""
     real = Path.exists
 
@@ -45,36 +46,53 @@ def slow(theirs, rank, ranks):
     path = folder("slow", 0)
     Path.exists = late
     try:
-        mine = bool(theirs.saves(path))
+        mine = bool(answer.saves(path))
     finally:
         Path.exists = real
     return named([True, False, False][:ranks]), everywhere(mine, ranks)
 
 
-def late_mark(theirs, rank, ranks):
+def late_mark(answer, rank, ranks):
     """Rank 0 comes late."""
     path = folder("late", 0)
     time.sleep(0.2 if rank == 0 else 0.0)
-    return named([True, False, False][:ranks]), everywhere(bool(theirs.saves(path)), ranks)
+    return named([True, False, False][:ranks]), everywhere(bool(answer.saves(path)), ranks)
 
 
-def clean(theirs, rank, ranks):
+def gone(answer, rank, ranks):
+    """After its last removal, a rank waits for the others: their marks may still be in the folder."""
+    calls_before_removal = [0]
+    path = folder("gone", 0)
+    with calls(answer) as called:
+
+        def note_removal(event, arguments):
+            if event in ("os.remove", "os.rmdir"):
+                calls_before_removal.append(len(called))
+
+        sys.addaudithook(note_removal)  # hears of each removal, whichever function is used for it
+        answer.saves(path)
+    waits = len(called) > calls_before_removal[-1]
+    return "waits for the others", "waits for the others" if waits else "returns at once"
+
+
+def clean(answer, rank, ranks):
     path = folder("clean", 0)
-    theirs.saves(path)
+    answer.saves(path)
     dist.barrier()
     return [], sorted(each.name for each in path.iterdir())
 
 
-def again(theirs, rank, ranks):
+def again(answer, rank, ranks):
     """After a restart on the nodes' own disks."""
-    theirs.saves(folder("again", 0))
-    return named([True] * ranks), everywhere(bool(theirs.saves(folder("again-own", rank))), ranks)
+    answer.saves(folder("again", 0))
+    return named([True] * ranks), everywhere(bool(answer.saves(folder("again-own", rank))), ranks)
 
 
 PROMISES = [
-    Promise("one disk for all: rank 0 saves, and nobody else, though the others look late", slow, TOLD),
-    Promise("so it is when rank 0 comes late", late_mark, TOLD),
-    Promise("a disk in each node: the lowest rank of each node saves", own, TOLD),
-    Promise("the folder is left as it was", clean, TOLD),
-    Promise("a second call finds out anew", again, TOLD),
+    Promise("one disk for all: rank 0 saves, and nobody else, though the others look late", slow, PAGE),
+    Promise("so it is when rank 0 comes late", late_mark, PAGE),
+    Promise("a disk in each node: the lowest rank of each node saves", own, PAGE),
+    Promise("the folder is left as it was", clean, PAGE),
+    Promise("after a rank has removed its mark, it waits until all marks are gone", gone, PAGE, (2, 3)),
+    Promise("a second call finds out anew", again, PAGE),
 ]

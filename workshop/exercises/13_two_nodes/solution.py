@@ -14,4 +14,5 @@ def saves(folder: Path) -> bool:
     mates = [other for other in range(ranks) if (folder / f"mark-{other}").exists()]
     dist.barrier()  # all have looked
     mark.unlink()
+    dist.barrier()  # all marks are gone
     return rank == mates[0]

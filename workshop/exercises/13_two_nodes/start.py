@@ -10,7 +10,7 @@ def saves(folder: Path) -> bool:
 
     Every rank calls this with the folder of its node, which exists. Ranks whose folders are on one disk see
     each other's files in it. Of the ranks that share a disk exactly one saves: the one with the lowest rank.
-    The folder is as it was when the function returns. It may be called again.
+    When the function returns, on any rank, the folder is as it was. It may be called again.
     """
     raise NotImplementedError(
         "saves: leave a mark in the folder, see whose marks are there, and take it away"

@@ -6,8 +6,8 @@ from turning import Extra, judge_script, like_step_01
 from common.snapshot import snapshots
 
 TODO = about(__file__)["todo"]
-TOLD_ACCUMULATE = "04_multinode/README.md, A slow network: several batches in one step"
-TOLD_DISKS = "04_multinode/README.md, The idea"
+PAGE_ACCUMULATE = "04_multinode/README.md, A slow network: several batches in one step"
+PAGE_DISKS = "04_multinode/README.md, The idea"
 
 
 def saved_on_each_node(reference, runs):
@@ -25,9 +25,9 @@ def saved_on_each_node(reference, runs):
 
 
 def judge(file):
-    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=2"]
-    says = "--accumulate 3 with batches of 2 ends like batches of 6"
-    accumulated = Extra(says, TOLD_ACCUMULATE, accumulate, like_step_01)
+    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=1"]
+    says = "--accumulate 3 with batches of 2 is like batches of 6, also when the run is resumed"
+    accumulated = Extra(says, PAGE_ACCUMULATE, accumulate, like_step_01, resumes=True)
     says = "with a disk in each node, each node has the snapshots"
-    disks = Extra(says, TOLD_DISKS, ["--batch-size=3", "--epochs=1"], saved_on_each_node, nodes=2)
+    disks = Extra(says, PAGE_DISKS, ["--batch-size=3", "--epochs=1"], saved_on_each_node, nodes=2)
     return judge_script("04", TODO, file, accumulated, disks)

@@ -3,7 +3,7 @@
 import torch
 from judging import Promise, calls
 
-TOLD = "05_fsdp/README.md, The life of a unit"
+PAGE = "05_fsdp/README.md, The life of a unit"
 OUT, IN, BATCH = 6, 4, 3
 
 
@@ -21,34 +21,34 @@ def rows(tensor, rank, ranks):
     return tensor.chunk(ranks)[rank]
 
 
-def tried(theirs, rank, ranks, passes=2):
+def tried(answer, rank, ranks, passes=2):
     """Inputs, shard and outputs, after a forward and (2 `passes`) a backward pass."""
     inputs, factors = own(rank)
     inputs.requires_grad_(True)
     shard = rows(weight(), rank, ranks).clone().requires_grad_(True)
-    outputs = theirs.ShardedLinear.apply(inputs, shard)
+    outputs = answer.ShardedLinear.apply(inputs, shard)
     if passes == 2:
         (outputs * factors).sum().backward()
     return inputs, shard, outputs
 
 
-def forward(theirs, rank, ranks):
-    *_, outputs = tried(theirs, rank, ranks, passes=1)
+def forward(answer, rank, ranks):
+    *_, outputs = tried(answer, rank, ranks, passes=1)
     return own(rank)[0] @ weight().T, outputs.detach()
 
 
-def of_inputs(theirs, rank, ranks):
-    inputs, *_ = tried(theirs, rank, ranks)
+def of_inputs(answer, rank, ranks):
+    inputs, *_ = tried(answer, rank, ranks)
     return own(rank)[1] @ weight(), inputs.grad
 
 
-def of_shard(theirs, rank, ranks):
-    _, shard, _ = tried(theirs, rank, ranks)
+def of_shard(answer, rank, ranks):
+    _, shard, _ = tried(answer, rank, ranks)
     mean = sum(factors.T @ inputs for inputs, factors in map(own, range(ranks))) / ranks
     return rows(mean, rank, ranks), shard.grad
 
 
-def kept(theirs, rank, ranks):
+def kept(answer, rank, ranks):
     """What autograd keeps of the forward pass, but for the inputs."""
     sizes = []
 
@@ -57,26 +57,29 @@ def kept(theirs, rank, ranks):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        *_, outputs = tried(theirs, rank, ranks, passes=1)
+        *_, outputs = tried(answer, rank, ranks, passes=1)
     sizes += [value.numel() for value in vars(outputs.grad_fn).values() if isinstance(value, torch.Tensor)]
     large = max([0, *sizes]) >= OUT * IN and ranks > 1
     return "no whole weight", "a whole weight" if large else "no whole weight"
 
 
-def moved(theirs, rank, ranks):
-    with calls(theirs) as called:
-        tried(theirs, rank, ranks)
-    kinds = [
-        "reduce-scatter" if "reduce_scatter" in name else name.partition("_into")[0] for name, _ in called
-    ]
-    kinds = ["all_gather" if kind == "all_gather_single" else kind for kind in kinds]
-    return ["all_gather", "all_gather", "reduce-scatter"], sorted(kinds)
+def moved(answer, rank, ranks):
+    with calls(answer) as called:
+        tried(answer, rank, ranks)
+    return ["all_gather", "all_gather", "reduce_scatter"], sorted(kind(call.name) for call in called)
+
+
+def kind(name):
+    """The name of a collective, without the ending that says how it takes its tensors."""
+    for ending in ("_into_tensor", "_tensor", "_single"):
+        name = name.removesuffix(ending)
+    return name
 
 
 PROMISES = [
-    Promise("the outputs are those of the whole layer", forward, TOLD),
-    Promise("the gradient of the inputs is that of the whole layer", of_inputs, TOLD),
-    Promise("the gradient of the shard is the mean over the ranks, in its rows", of_shard, TOLD),
-    Promise("between forward and backward no rank keeps the whole weight", kept, TOLD),
-    Promise("a step takes two all-gathers and one reduce-scatter", moved, TOLD),
+    Promise("the outputs are those of the whole layer", forward, PAGE),
+    Promise("the gradient of the inputs is that of the whole layer", of_inputs, PAGE),
+    Promise("the gradient of the shard is the mean over the ranks, in its rows", of_shard, PAGE),
+    Promise("between forward and backward no rank keeps the whole weight", kept, PAGE),
+    Promise("a step takes two all-gathers and one reduce-scatter", moved, PAGE),
 ]

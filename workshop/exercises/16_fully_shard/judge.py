@@ -9,7 +9,7 @@ from judging import Promise, load
 from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: F401  # imported once, not in every rank
 from torch.distributed.tensor import DTensor
 
-TOLD = "05_fsdp/README.md, Step 05: FSDP"
+PAGE = "05_fsdp/README.md, Step 05: FSDP"
 Net = load(Path(__file__).with_name("start.py")).Net
 
 
@@ -32,9 +32,9 @@ def whole(model):
     return found
 
 
-def trained(theirs, rank, steps):
+def trained(answer, rank, steps):
     model = net()
-    optimizer = theirs.shard(model)
+    optimizer = answer.shard(model)
     for _ in range(steps):
         images, labels = own(rank)
         optimizer.zero_grad()
@@ -43,24 +43,24 @@ def trained(theirs, rank, steps):
     return model
 
 
-def sharded(theirs, rank, ranks):
+def sharded(answer, rank, ranks):
     model = net()
-    theirs.shard(model)
+    answer.shard(model)
     kinds = {name: isinstance(parameter, DTensor) for name, parameter in model.named_parameters()}
     return dict.fromkeys(kinds, True), kinds
 
 
-def units(theirs, rank, ranks):
+def units(answer, rank, ranks):
     model = net()
-    theirs.shard(model)
+    answer.shard(model)
     found = [name or "the model" for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     return ["the model", "blocks.0", "blocks.1"], found
 
 
-def gathered_alone(theirs, rank, ranks):
+def gathered_alone(answer, rank, ranks):
     """In the first block's forward pass: which parameters are whole?"""
     model, seen = net(), []
-    theirs.shard(model)
+    answer.shard(model)
 
     def note(*_):
         seen.append(
@@ -73,15 +73,15 @@ def gathered_alone(theirs, rank, ranks):
     return ["blocks.0.0.weight", "blocks.0.0.bias"], mine
 
 
-def optimized(theirs, rank, ranks):
+def optimized(answer, rank, ranks):
     model = net()
-    optimizer = theirs.shard(model)
-    theirs_too = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in theirs_too]
+    optimizer = answer.shard(model)
+    model_of_answer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in model_of_answer]
     return "all parameters", f"all but {', '.join(missing)}" if missing else "all parameters"
 
 
-def learns(theirs, rank, ranks):
+def learns(answer, rank, ranks):
     """Three steps, against the plain model on the ranks' batches together."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -90,13 +90,13 @@ def learns(theirs, rank, ranks):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    return whole(model), whole(trained(theirs, rank, 3))
+    return whole(model), whole(trained(answer, rank, 3))
 
 
 PROMISES = [
-    Promise("each parameter is sharded", sharded, TOLD),
-    Promise("the units are the two blocks and the model", units, TOLD),
-    Promise("a block is gathered alone, without the other one", gathered_alone, TOLD),
-    Promise("the optimizer has the model's sharded parameters", optimized, TOLD),
-    Promise("three steps end with the weights of the plain model", learns, TOLD),
+    Promise("each parameter is sharded", sharded, PAGE),
+    Promise("the units are the two blocks and the model", units, PAGE),
+    Promise("a block is gathered alone, without the other one", gathered_alone, PAGE),
+    Promise("the optimizer has the model's sharded parameters", optimized, PAGE),
+    Promise("three steps end with the weights of the plain model", learns, PAGE),
 ]

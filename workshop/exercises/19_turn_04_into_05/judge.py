@@ -6,8 +6,8 @@ from judging import about
 from turning import TESTED, Extra, judge_script, like_step_01
 
 TODO = about(__file__)["todo"]
-TOLD_ACCUMULATE = "05_fsdp/README.md, The training loop"
-TOLD_EVALUATION = "05_fsdp/README.md, Evaluation"
+PAGE_ACCUMULATE = "05_fsdp/README.md, The training loop"
+PAGE_EVALUATION = "05_fsdp/README.md, Evaluation"
 
 
 def whole_test(reference, runs):
@@ -19,11 +19,11 @@ def whole_test(reference, runs):
 
 
 def judge(file):
-    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=2"]
-    says = "--accumulate 3 with batches of 2 ends like batches of 6"
-    accumulated = Extra(says, TOLD_ACCUMULATE, accumulate, like_step_01)
+    accumulate = ["--accumulate=3", "--batch-size=2", "--epochs=1"]
+    says = "--accumulate 3 with batches of 2 is like batches of 6, also when the run is resumed"
+    accumulated = Extra(says, PAGE_ACCUMULATE, accumulate, like_step_01, resumes=True)
     # Of 7 images, 4 are rank 0's and 3 rank 1's. In batches of 3, that is one batch more.
     small = ["--eval-batch-size=3", "--batch-size=6", "--epochs=1"]
     says = "ranks with unequally many images to test on end, too"
-    uneven = Extra(says, TOLD_EVALUATION, small, whole_test)
+    uneven = Extra(says, PAGE_EVALUATION, small, whole_test)
     return judge_script("05", TODO, file, accumulated, uneven)
