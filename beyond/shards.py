@@ -1,6 +1,7 @@
-"""What each rank holds of a model that is divided: by hand, as parallel_layers.py does, or by torch's DTensor.
+"""A divided model: what each rank holds of it, the norm of its gradient, and its weights in one file.
 
-The functions here take a parameter that is sharded, or one that is whole on every rank.
+Some parameters are sharded, by hand as in parallel_layers.py, or by torch's DTensor. The others are whole on
+every rank.
 """
 
 import torch

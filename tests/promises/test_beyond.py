@@ -1,0 +1,327 @@
+"""After FSDP: each script in `beyond` ends where one process ends that trains the same decoder.
+
+Promise: with 2 and 4 ranks, every weight and every loss is equal within 1e-10 in float64.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from helpers import ROOT, errors, finish, largest_difference, planted, start
+
+from beyond.decoder import Decoder
+from beyond.text import IGNORED, load_text
+
+SCRIPT = "beyond/tensor_parallel.py"
+LAYERS = "beyond/parallel_layers.py"
+SHARDS = "beyond/shards.py"
+# An epoch has 11 steps of 8 pieces; 3 pieces are left over. 15 test pieces are not divisible by 4.
+BATCH = 8
+PIECES = 91
+WIDTH = 32
+DEPTH = 2
+FLAGS = [f"--num-samples={PIECES}", f"--batch-size={BATCH}", "--eval-batch-size=4", "--epochs=2"]
+FLAGS += [f"--width={WIDTH}", f"--depth={DEPTH}", "--heads=4", "--precision=float64", "--use-gpu=0"]
+CLIP_NORM = 0.5  # smaller than the norm in every step: test_the_norm_is_clipped_in_every_step
+TIED_AND_CLIPPED = ["--tie-weights", f"--clip-norm={CLIP_NORM}"]
+# Why 1e-10: see `disagreements` in helpers.py.
+TOLERANCE = 1e-10
+
+
+@dataclass
+class Result:
+    """What a training has computed."""
+
+    weights: dict[str, torch.Tensor]
+    losses: list[float]
+    test: dict[str, Any]
+    events: list[dict[str, Any]]
+
+
+def torchrun(script: str, ranks: int, *flags: str, root: Path = ROOT) -> list[str]:
+    """The command that starts one of the scripts."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*words, str(root / script), *flags]
+
+
+def train(script: str, ranks: int, folder: Path, *flags: str, root: Path = ROOT) -> Result:
+    """Run a script with FLAGS to its end in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = ["--metrics=metrics.jsonl", "--output=weights.pt"]
+    process = start(torchrun(script, ranks, *FLAGS, *files, *flags, root=root), folder)
+    status, _, _ = finish(process, 300)
+    assert status == 0, f"ended with status {status}, not 0\n{process.story}"
+    return read(folder)
+
+
+def read(folder: Path) -> Result:
+    """What a run has left in `folder`."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    losses = [loss for event in events if event["event"] == "train" for loss in event["losses"]]
+    test = [event for event in events if event["event"] == "eval"][-1]
+    return Result(weights, losses, test, events)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, worker_id):
+    """A run of a script as it is, made once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+
+    def get(script, ranks, *flags):
+        folder = shared / f"beyond-{Path(script).stem}-{ranks}{''.join(flags)}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "weights.pt").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # left by a try that failed
+                train(script, ranks, folder, *flags)
+        return read(folder)
+
+    return get
+
+
+def build(tie_weights: bool = False) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(WIDTH, DEPTH, heads=4, tie_weights=tie_weights).double()
+
+
+def loss_of(model, text, labels):
+    return F.cross_entropy(model(text).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+@cache
+def one_process(tied_and_clipped: bool = False) -> Result:
+    """The same training in this process, as one would write it for one GPU. `test` has also the norms."""
+    model = build(tie_weights=tied_and_clipped)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train_data, test_data = load_text(None, PIECES)
+    losses, norms = [], []
+    for epoch in range(2):
+        order = torch.randperm(PIECES, generator=torch.Generator().manual_seed(epoch))
+        for indices in order.split(BATCH)[: PIECES // BATCH]:
+            loss = loss_of(model, *train_data[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            if tied_and_clipped:
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM).item())
+            optimizer.step()
+            losses.append(loss.item())
+    text, labels = test_data[:]
+    with torch.no_grad():
+        correct = (model(text).argmax(dim=2) == labels).sum().item()
+        loss = loss_of(model, text, labels).item()
+    test = {"loss": loss, "correct": correct, "total": (labels != IGNORED).sum().item(), "norms": norms}
+    return Result(model.state_dict(), losses, test, [])
+
+
+def disagreements(result: Result, tied_and_clipped: bool = False) -> list[str]:
+    """What a run and one process disagree in; prints what it compares."""
+    reference = one_process(tied_and_clipped)
+    weights = largest_difference(result.weights, reference.weights)
+    pairs = zip(result.losses, reference.losses, strict=True)
+    losses = max(abs(one - other) for one, other in pairs)
+    tests = [(each["correct"], each["total"]) for each in (result.test, reference.test)]
+    test_loss = abs(result.test["loss"] - reference.test["loss"])
+    print(
+        f"{len(result.losses)} steps: weights {weights:.1e}, losses {losses:.1e}, test loss {test_loss:.1e} "
+        f"(at most {TOLERANCE}), correct {tests}"
+    )
+    found = {
+        "weights": not weights <= TOLERANCE,
+        "losses": not losses <= TOLERANCE,
+        "evaluation": tests[0] != tests[1] or not test_loss <= TOLERANCE,
+    }
+    return [what for what, differs in found.items() if differs]
+
+
+@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["", "tied-and-clipped"])
+@pytest.mark.parametrize("library", [False, True], ids=["by-hand", "library"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallelism_changes_nothing(run, ranks, library, flags):
+    """Also with tied weights, and with a norm that has parts of shards and of whole parameters."""
+    result = run(SCRIPT, ranks, *["--library"] * library, *flags)
+    assert len(result.losses) == 22
+    assert disagreements(result, tied_and_clipped=bool(flags)) == []
+
+
+def test_the_norm_is_clipped_in_every_step():
+    """Otherwise, the runs above would not show that the norm is right."""
+    norms = one_process(tied_and_clipped=True).test["norms"]
+    print([round(norm, 2) for norm in norms])
+    assert len(norms) == 22 and min(norms) > CLIP_NORM
+
+
+def bytes_of_a_rank(ranks: int, tied: bool) -> tuple[int, int]:
+    """What a rank holds of the parameters, and what one process holds, in float64."""
+    per_block_divided = 4 * WIDTH * WIDTH + 3 * WIDTH  # query, key, value and output, and three biases
+    per_block_divided += 8 * WIDTH * WIDTH + 4 * WIDTH  # up, its bias, and down
+    per_block_whole = 2 * WIDTH + 4 * WIDTH  # the biases after the sums, and two norms
+    rest = 256 * WIDTH + 64 * WIDTH + 2 * WIDTH  # characters, positions, and the last norm
+    rest += 0 if tied else 256 * WIDTH
+    whole = DEPTH * (per_block_divided + per_block_whole) + rest
+    rank = DEPTH * (per_block_divided // ranks + per_block_whole) + rest
+    assert per_block_divided % ranks == 0
+    return 8 * rank, 8 * whole
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["by-hand", "library"])
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["", "tied-and-clipped"])
+def test_each_rank_holds_its_part_of_every_block(run, ranks, library, flags):
+    """And nothing more: the bytes of parameters, gradients and AdamW's averages are those of a formula."""
+    result = run(SCRIPT, ranks, *["--library"] * library, *flags)
+    [memory] = [event for event in result.events if event["event"] == "memory"]
+    rank, whole = bytes_of_a_rank(ranks, tied=bool(flags))
+    print(memory, rank, whole)
+    assert memory["ranks"] == [[rank, rank, 2 * rank]] * ranks
+    assert memory["whole"] == [whole, whole, 2 * whole]
+    assert whole == sum(parameter.nbytes for parameter in build(bool(flags)).parameters())
+
+
+FORWARD = "total = partial.clone(memory_format=torch.contiguous_format)\n"
+SUM_OF_WHOLE_PARAMETERS = (
+    "loss.backward()\n",
+    "loss.backward()\n"
+    "        for parameter in self.model.parameters():\n"
+    "            if not hasattr(parameter, 'sharded_dim'):\n"
+    "                dist.all_reduce(parameter.grad)\n",
+)
+# name: (flags, file, edit of the file, what must be found to disagree)
+BUGS = {
+    "no all-reduce in backward": (
+        [],
+        LAYERS,
+        ("belongs to autograd\n        dist.all_reduce(total)\n", "belongs to autograd\n"),
+        "weights",
+    ),
+    "no all-reduce in forward": (
+        [],
+        LAYERS,
+        (f"{FORWARD}        dist.all_reduce(total)\n", FORWARD),
+        "losses",
+    ),
+    "the gradient of the sum is summed again": (
+        [],
+        LAYERS,
+        ("return grad\n", "dist.all_reduce(grad)\n        return grad\n"),
+        "weights",
+    ),
+    "gradients of whole parameters are summed": (
+        TIED_AND_CLIPPED,
+        SCRIPT,
+        SUM_OF_WHOLE_PARAMETERS,
+        "weights",
+    ),
+    "the same without clipping: AdamW hides nearly all of it": (
+        [],
+        SCRIPT,
+        SUM_OF_WHOLE_PARAMETERS,
+        "weights",
+    ),
+    "a norm over a rank's shards": (
+        TIED_AND_CLIPPED,
+        SHARDS,
+        ("    dist.all_reduce(of_shards)\n", ""),
+        "weights",
+    ),
+    "a norm that counts whole parameters more than once": (
+        TIED_AND_CLIPPED,
+        SHARDS,
+        (
+            "        if is_sharded(parameter):\n            of_shards",
+            "        if True:\n            of_shards",
+        ),
+        "weights",
+    ),
+    "a bias for each rank": (
+        [],
+        LAYERS,
+        (
+            "partial = F.linear(x, self.weight)\n",
+            "partial = F.linear(x, self.weight, self.bias)\n        return SumOverRanks.apply(partial)\n",
+        ),
+        "losses",
+    ),
+    "all ranks keep the first part": ([], LAYERS, ("parts[dist.get_rank()]", "parts[0]"), "losses"),
+    "another model on each rank": (
+        [],
+        SCRIPT,
+        ("torch.manual_seed(args.seed)", "torch.manual_seed(args.seed + dist.get_rank())"),
+        "losses",
+    ),
+    "another batch on each rank": (
+        [],
+        SCRIPT,
+        ("(train_data, args.seed)", "(train_data, args.seed + dist.get_rank())"),
+        "losses",
+    ),
+    "every epoch in the same order": ([], SCRIPT, ("set_epoch(self.epoch)", "set_epoch(0)"), "losses"),
+    "padding counts as targets": (
+        [],
+        SCRIPT,
+        ("return (labels != IGNORED).sum().item()", "return labels.numel()"),
+        "losses",
+    ),
+    "the mean of the batches' means": (
+        [],
+        SCRIPT,
+        ("metric.double().sum()", "metric.double().mean()"),
+        "evaluation",
+    ),
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(tmp_path, bug):
+    flags, file, edit, found = BUGS[bug]
+    root = planted(tmp_path / "root", file, edit)
+    result = train(SCRIPT, 2, tmp_path / "run", *flags, root=root)
+    assert found in disagreements(result, tied_and_clipped=bool(flags))
+
+
+WRONG = {
+    "one rank": (1, [], "one rank cannot divide a model: start two or more with --nproc-per-node"),
+    "heads and ranks": (2, ["--heads=1"], "--heads 1 is not a multiple of 2, the number of ranks"),
+    "heads and width": (2, ["--heads=6"], "--width 32 is not a multiple of --heads 6: choose other numbers"),
+    "a flag of the steps": (
+        2,
+        ["--snapshot-dir=here"],
+        "unrecognized arguments: --snapshot-dir=here (--help lists",
+    ),
+    "a model of digits": (2, ["--model=cnn"], "unrecognized arguments: --model=cnn (--help lists the flags)"),
+    "no folder": (
+        2,
+        ["--output=file/weights.pt"],
+        "cannot write file/weights.pt: Not a directory; choose another --output",
+    ),
+    "a folder": (2, ["--output=folder"], "folder is a folder: --output is the name of a file"),
+    "no text": (
+        2,
+        ["--data-dir=nowhere"],
+        "cannot read nowhere: No such file or directory; point --data-dir",
+    ),
+    "few pieces": (2, ["--num-samples=7"], "a step takes 8 samples, sums-7 has 7: lower --batch-size"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_cannot_be_is_said_in_one_line(tmp_path, wrong):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    ranks, flags, message = WRONG[wrong]
+    process = start(torchrun(SCRIPT, ranks, *FLAGS, *flags), tmp_path)
+    status, out, err = finish(process)
+    print(out, err)
+    assert status != 0 and "Traceback" not in err
+    [line] = set(errors(err))
+    assert line.startswith(f"error: {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
