@@ -90,13 +90,13 @@ def requirements() -> str:
 
 
 def modules(scripts: list[Path]) -> list[Path]:
-    """The files of `common` that these scripts import, and those that they import in turn."""
+    """The files of `common` and `beyond` that these scripts import, and those that they import in turn."""
     found = [ROOT / "common" / "__init__.py"]
     unread = list(scripts)
     while unread:
         text = unread.pop().read_text()
-        for name in re.findall(r"^\s*from common(?:\.| import )(\w+)", text, re.MULTILINE):
-            path = ROOT / "common" / f"{name}.py"
+        for folder, name in re.findall(r"^\s*from (common|beyond)(?:\.| import )(\w+)", text, re.MULTILINE):
+            path = ROOT / folder / f"{name}.py"
             if path not in found:
                 found.append(path)
                 unread.append(path)
@@ -112,7 +112,7 @@ def copied(step: str) -> dict[str, Path]:
         beside.append(ROOT / "launch_multinode.sh")
     files = {path.name: path for path in beside}
     for path in modules([path for path in beside if path.suffix == ".py"]):
-        files[f"common/{path.name}"] = path
+        files[f"{path.parent.name}/{path.name}"] = path
     return files
 
 

@@ -20,7 +20,8 @@ from helpers import ROOT, errors, finish, largest_difference, planted, start
 from beyond.decoder import Decoder
 from beyond.text import IGNORED, load_text
 
-SCRIPT = "beyond/tensor_parallel.py"
+TENSOR = "beyond/tensor_parallel.py"
+CONTEXT = "beyond/context_parallel.py"
 LAYERS = "beyond/parallel_layers.py"
 SHARDS = "beyond/shards.py"
 # An epoch has 11 steps of 8 pieces; 3 pieces are left over. 15 test pieces are not divisible by 4.
@@ -31,6 +32,12 @@ DEPTH = 2
 FLAGS = [f"--num-samples={PIECES}", f"--batch-size={BATCH}", "--eval-batch-size=4", "--epochs=2"]
 FLAGS += [f"--width={WIDTH}", f"--depth={DEPTH}", "--heads=4", "--precision=float64", "--use-gpu=0"]
 CLIP_NORM = 0.5  # smaller than the norm in every step: test_the_norm_is_clipped_in_every_step
+# name: (script, its own flags)
+WAYS = {
+    "tensor": (TENSOR, []),
+    "tensor-library": (TENSOR, ["--library"]),
+    "context": (CONTEXT, []),
+}
 TIED_AND_CLIPPED = ["--tie-weights", f"--clip-norm={CLIP_NORM}"]
 # Why 1e-10: see `disagreements` in helpers.py.
 TOLERANCE = 1e-10
@@ -142,12 +149,13 @@ def disagreements(result: Result, tied_and_clipped: bool = False) -> list[str]:
     return [what for what, differs in found.items() if differs]
 
 
-@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["", "tied-and-clipped"])
-@pytest.mark.parametrize("library", [False, True], ids=["by-hand", "library"])
+@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["plain", "tied-and-clipped"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallelism_changes_nothing(run, ranks, library, flags):
+def test_the_ranks_end_where_one_process_ends(run, ranks, way, flags):
     """Also with tied weights, and with a norm that has parts of shards and of whole parameters."""
-    result = run(SCRIPT, ranks, *["--library"] * library, *flags)
+    script, own_flags = WAYS[way]
+    result = run(script, ranks, *own_flags, *flags)
     assert len(result.losses) == 22
     assert disagreements(result, tied_and_clipped=bool(flags)) == []
 
@@ -172,12 +180,13 @@ def bytes_of_a_rank(ranks: int, tied: bool) -> tuple[int, int]:
     return 8 * rank, 8 * whole
 
 
-@pytest.mark.parametrize("library", [False, True], ids=["by-hand", "library"])
+@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["plain", "tied-and-clipped"])
+@pytest.mark.parametrize("way", ["tensor", "tensor-library"])
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["", "tied-and-clipped"])
-def test_each_rank_holds_its_part_of_every_block(run, ranks, library, flags):
+def test_each_rank_holds_its_part_of_every_block(run, ranks, way, flags):
     """And nothing more: the bytes of parameters, gradients and AdamW's averages are those of a formula."""
-    result = run(SCRIPT, ranks, *["--library"] * library, *flags)
+    script, own_flags = WAYS[way]
+    result = run(script, ranks, *own_flags, *flags)
     [memory] = [event for event in result.events if event["event"] == "memory"]
     rank, whole = bytes_of_a_rank(ranks, tied=bool(flags))
     print(memory, rank, whole)
@@ -195,7 +204,7 @@ SUM_OF_WHOLE_PARAMETERS = (
     "                dist.all_reduce(parameter.grad)\n",
 )
 # name: (flags, file, edit of the file, what must be found to disagree)
-BUGS = {
+BUGS_OF_TENSOR = {
     "no all-reduce in backward": (
         [],
         LAYERS,
@@ -216,13 +225,13 @@ BUGS = {
     ),
     "gradients of whole parameters are summed": (
         TIED_AND_CLIPPED,
-        SCRIPT,
+        TENSOR,
         SUM_OF_WHOLE_PARAMETERS,
         "weights",
     ),
     "the same without clipping: AdamW hides nearly all of it": (
         [],
-        SCRIPT,
+        TENSOR,
         SUM_OF_WHOLE_PARAMETERS,
         "weights",
     ),
@@ -253,75 +262,121 @@ BUGS = {
     "all ranks keep the first part": ([], LAYERS, ("parts[dist.get_rank()]", "parts[0]"), "losses"),
     "another model on each rank": (
         [],
-        SCRIPT,
+        TENSOR,
         ("torch.manual_seed(args.seed)", "torch.manual_seed(args.seed + dist.get_rank())"),
         "losses",
     ),
     "another batch on each rank": (
         [],
-        SCRIPT,
+        TENSOR,
         ("(train_data, args.seed)", "(train_data, args.seed + dist.get_rank())"),
         "losses",
     ),
-    "every epoch in the same order": ([], SCRIPT, ("set_epoch(self.epoch)", "set_epoch(0)"), "losses"),
+    "every epoch in the same order": ([], TENSOR, ("set_epoch(self.epoch)", "set_epoch(0)"), "losses"),
     "padding counts as targets": (
         [],
-        SCRIPT,
+        TENSOR,
         ("return (labels != IGNORED).sum().item()", "return labels.numel()"),
         "losses",
     ),
     "the mean of the batches' means": (
         [],
-        SCRIPT,
+        TENSOR,
         ("metric.double().sum()", "metric.double().mean()"),
         "evaluation",
     ),
 }
 
 
-@pytest.mark.few(3)
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(tmp_path, bug):
-    flags, file, edit, found = BUGS[bug]
-    root = planted(tmp_path / "root", file, edit)
-    result = train(SCRIPT, 2, tmp_path / "run", *flags, root=root)
-    assert found in disagreements(result, tied_and_clipped=bool(flags))
-
-
-WRONG = {
-    "one rank": (1, [], "one rank cannot divide a model: start two or more with --nproc-per-node"),
-    "heads and ranks": (2, ["--heads=1"], "--heads 1 is not a multiple of 2, the number of ranks"),
-    "heads and width": (2, ["--heads=6"], "--width 32 is not a multiple of --heads 6: choose other numbers"),
-    "a flag of the steps": (
-        2,
-        ["--snapshot-dir=here"],
-        "unrecognized arguments: --snapshot-dir=here (--help lists",
+BUGS_OF_CONTEXT = {
+    "a rank keeps its own gradients of keys and values": (
+        [],
+        CONTEXT,
+        ("dist.reduce_scatter(total, grads)", "total.copy_(grads[dist.get_rank()])"),
+        "weights",
     ),
-    "a model of digits": (2, ["--model=cnn"], "unrecognized arguments: --model=cnn (--help lists the flags)"),
-    "no folder": (
-        2,
-        ["--output=file/weights.pt"],
-        "cannot write file/weights.pt: Not a directory; choose another --output",
+    "positions from 0 on each rank": (
+        [],
+        CONTEXT,
+        ("self.ddp_model(text, self.start)", "self.ddp_model(text)"),
+        "losses",
     ),
-    "a folder": (2, ["--output=folder"], "folder is a folder: --output is the name of a file"),
-    "no text": (
-        2,
-        ["--data-dir=nowhere"],
-        "cannot read nowhere: No such file or directory; point --data-dir",
+    "the mask of rank 0": (
+        [],
+        CONTEXT,
+        ("get_world_size())[dist.get_rank()]", "get_world_size())[0]"),
+        "losses",
     ),
-    "few pieces": (2, ["--num-samples=7"], "a step takes 8 samples, sums-7 has 7: lower --batch-size"),
+    "no mask": ([], CONTEXT, (", attn_mask=is_visible", ""), "losses"),
+    "a rank sees its own part only": (
+        [],
+        CONTEXT,
+        ("= gathered_attention", "= block.attention.attend"),
+        "losses",
+    ),
+    "divided by a rank's own targets": (
+        [],
+        CONTEXT,
+        (
+            "max(1, self.count_targets(batch)) / self.world_size",
+            "max(1, self.count_targets(self.part_of(batch)))",
+        ),
+        "losses",
+    ),
+    "gradients not averaged": (
+        [],
+        CONTEXT,
+        ("self.ddp_model(text, self.start)", "self.model(text, self.start)"),
+        "weights",
+    ),
+    "the logged loss is rank 0's": (
+        [],
+        CONTEXT,
+        ("dist.all_reduce(means)", "means *= self.world_size"),
+        "losses",
+    ),
+    "evaluation is rank 0's": ([], CONTEXT, ("dist.all_reduce(totals)", "pass"), "evaluation"),
+}
+BUGS = {
+    **{f"tensor: {name}": (TENSOR, *bug) for name, bug in BUGS_OF_TENSOR.items()},
+    **{f"context: {name}": (CONTEXT, *bug) for name, bug in BUGS_OF_CONTEXT.items()},
 }
 
 
+@pytest.mark.few(3)
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(tmp_path, bug):
+    script, flags, file, edit, found = BUGS[bug]
+    root = planted(tmp_path / "root", file, edit)
+    result = train(script, 2, tmp_path / "run", *flags, root=root)
+    assert found in disagreements(result, tied_and_clipped=bool(flags))
+
+
+# name: (script, ranks, flags, how the one line begins after "error: ")
+WRONG = {
+    "one rank": (TENSOR, 1, [], "one rank cannot divide a model: start two or more with --nproc-per-node"),
+    "one rank, a text": (CONTEXT, 1, [], "one rank cannot divide a text: start two or more with --nproc-"),
+    "heads and ranks": (TENSOR, 2, ["--heads=1"], "--heads 1 is not a multiple of 2, the number of ranks"),
+    "heads and width": (TENSOR, 2, ["--heads=6"], "--width 32 is not a multiple of --heads 6: choose other"),
+    "three ranks": (CONTEXT, 3, [], "64 characters do not divide by 3 ranks: start another number"),
+    "a flag of the steps": (TENSOR, 2, ["--save-every=9"], "unrecognized arguments: --save-every=9 (--help"),
+    "a model of digits": (CONTEXT, 2, ["--model=cnn"], "unrecognized arguments: --model=cnn (--help lists"),
+    "a file as a folder": (TENSOR, 2, ["--output=file/out"], "cannot write file/out: "),
+    "a folder as a file": (TENSOR, 2, ["--output=folder"], "folder is a folder: --output is the name of a"),
+    "no text": (CONTEXT, 2, ["--data-dir=nowhere"], "cannot read nowhere: No such file or directory; point"),
+    "few pieces": (TENSOR, 2, ["--num-samples=7"], "a step takes 8 samples, sums-7 has 7: lower --batch-"),
+}
+
+
+@pytest.mark.few(2)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_cannot_be_is_said_in_one_line(tmp_path, wrong):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    ranks, flags, message = WRONG[wrong]
-    process = start(torchrun(SCRIPT, ranks, *FLAGS, *flags), tmp_path)
-    status, out, err = finish(process)
+    script, ranks, flags, message = WRONG[wrong]
+    status, out, err = finish(start(torchrun(script, ranks, *FLAGS, *flags), tmp_path))
     print(out, err)
     assert status != 0 and "Traceback" not in err
-    [line] = set(errors(err))
+    [line] = errors(err)
     assert line.startswith(f"error: {message}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
