@@ -1,6 +1,7 @@
-"""Context parallelism: each rank has a part of every text, and gathers the keys and values of the others.
+"""Context parallelism: each rank has a part of every text, and needs the others' keys and values.
 
-$ torchrun --standalone --nproc-per-node=2 beyond/context_parallel.py
+$ torchrun --standalone --nproc-per-node=2 beyond/context_parallel.py           # gathers them
+$ torchrun --standalone --nproc-per-node=2 beyond/context_parallel.py --ring    # one part at a time
 
 It saves no snapshots: a run that is interrupted starts again from the beginning.
 """
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 from beyond.decoder import Decoder
 from beyond.flags import check_heads, make_text_parser
+from beyond.ring import ring_attention
 from beyond.shards import check_output, save_weights
 from beyond.text import IGNORED, LENGTH, load_text
 from common.device import setup_device
@@ -203,7 +205,7 @@ def main(args, device):
     if args.precision == "float64":
         model.double()
     for block in model.blocks:
-        block.attention.attend = gathered_attention
+        block.attention.attend = ring_attention if args.ring else gathered_attention
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=device.type != "cpu")
     run = Run(args.step, name_of(model), name_of(train_data), args.precision, args.seed, vars(args))
@@ -213,7 +215,9 @@ def main(args, device):
 
 
 def parse_args():
-    return make_text_parser(__file__, __doc__).parse_args()
+    parser = make_text_parser(__file__, __doc__)
+    parser.add_argument("--ring", action="store_true", help="pass keys and values from rank to rank")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

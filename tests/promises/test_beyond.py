@@ -22,6 +22,7 @@ from beyond.text import IGNORED, load_text
 
 TENSOR = "beyond/tensor_parallel.py"
 CONTEXT = "beyond/context_parallel.py"
+RING = "beyond/ring.py"
 LAYERS = "beyond/parallel_layers.py"
 SHARDS = "beyond/shards.py"
 # An epoch has 11 steps of 8 pieces; 3 pieces are left over. 15 test pieces are not divisible by 4.
@@ -37,6 +38,7 @@ WAYS = {
     "tensor": (TENSOR, []),
     "tensor-library": (TENSOR, ["--library"]),
     "context": (CONTEXT, []),
+    "context-ring": (CONTEXT, ["--ring"]),
 }
 TIED_AND_CLIPPED = ["--tie-weights", f"--clip-norm={CLIP_NORM}"]
 # Why 1e-10: see `disagreements` in helpers.py.
@@ -311,7 +313,7 @@ BUGS_OF_CONTEXT = {
     "a rank sees its own part only": (
         [],
         CONTEXT,
-        ("= gathered_attention", "= block.attention.attend"),
+        ("else gathered_attention", "else block.attention.attend"),
         "losses",
     ),
     "divided by a rank's own targets": (
@@ -337,7 +339,30 @@ BUGS_OF_CONTEXT = {
     ),
     "evaluation is rank 0's": ([], CONTEXT, ("dist.all_reduce(totals)", "pass"), "evaluation"),
 }
+BUGS_OF_RING = {
+    "gradients end one rank too early": (
+        RING,
+        (
+            "            traveling = pass_on(traveling)  #",
+            "            if step == 0:\n                traveling = pass_on(traveling)  #",
+        ),
+        "weights",
+    ),
+    "what later ranks have is visible": (RING, ("return step > dist.get_rank()", "return False"), "losses"),
+    "what this rank has is all visible": (
+        RING,
+        ("    if step > 0:\n        return scores", "    if True:\n        return scores"),
+        "losses",
+    ),
+    "the output is not scaled down": (
+        RING,
+        ("output = output * (log_sum - new_log_sum).exp()", "pass"),
+        "losses",
+    ),
+    "a part of softmax's gradient": (RING, (".mT - shared)", ".mT)"), "weights"),
+}
 BUGS = {
+    **{f"ring: {name}": (CONTEXT, ["--ring"], *bug) for name, bug in BUGS_OF_RING.items()},
     **{f"tensor: {name}": (TENSOR, *bug) for name, bug in BUGS_OF_TENSOR.items()},
     **{f"context: {name}": (CONTEXT, *bug) for name, bug in BUGS_OF_CONTEXT.items()},
 }
@@ -350,6 +375,50 @@ def test_a_planted_bug_is_found(tmp_path, bug):
     root = planted(tmp_path / "root", file, edit)
     result = train(script, 2, tmp_path / "run", *flags, root=root)
     assert found in disagreements(result, tied_and_clipped=bool(flags))
+
+
+ATTENTION = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from beyond.context_parallel import gathered_attention
+from beyond.decoder import causal_attention
+from beyond.ring import ring_attention
+
+dist.init_process_group("gloo")
+rank, ranks = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+whole = [torch.randn(2, 3, 5 * ranks, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+grad = torch.randn(2, 3, 5 * ranks, 4, dtype=torch.float64)
+expected = causal_attention(*whole)
+expected.backward(grad)
+expected = [expected.detach(), *(tensor.grad for tensor in whole)]
+for attention in (gathered_attention, ring_attention):
+    parts = [tensor.detach().chunk(ranks, 2)[rank].clone().requires_grad_() for tensor in whole]
+    output = attention(*parts)
+    output.backward(grad.chunk(ranks, 2)[rank])
+    found = [output, *(tensor.grad for tensor in parts)]
+    for name, tensor, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        difference = (tensor - other.chunk(ranks, 2)[rank]).abs().max().item()
+        print(f"rank {rank} {attention.__name__} {name} {difference}\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_divided_attention_is_attention(tmp_path, ranks):
+    """Also with 3 ranks, by which the texts of the scripts cannot be divided: outputs and gradients."""
+    (tmp_path / "attention.py").write_text(ATTENTION)
+    words = torchrun("attention.py", ranks, str(ROOT), root=tmp_path)
+    status, out, err = finish(start(words, tmp_path))
+    print(out, err)
+    assert status == 0
+    differences = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("rank ")]
+    assert len(differences) == 8 * ranks
+    # Sums in another order: the numbers are near 1, and a last bit of float64 is 2e-16.
+    assert max(differences) < 1e-13
 
 
 # name: (script, ranks, flags, how the one line begins after "error: ")
