@@ -100,7 +100,7 @@ class Trainer:
         self.report.start(train_data, args.epochs, args.batch_size, flags, data_parallel_size=1)
         self.world_size = dist.get_world_size()
         self.part_length = LENGTH // self.world_size
-        self.start = dist.get_rank() * self.part_length  # the position of this rank's first character
+        self.start = dist.get_rank() * self.part_length  # this rank's first position
         options = loader_options(args.num_workers, device)
         self.sampler = ShuffledSampler(train_data, args.seed)  # the same batches on all ranks
         self.train_loader = DataLoader(
@@ -216,7 +216,7 @@ def main(args, device):
 
 def parse_args():
     parser = make_text_parser(__file__, __doc__)
-    parser.add_argument("--ring", action="store_true", help="pass keys and values from rank to rank")
+    parser.add_argument("--ring", action="store_true", help="pass keys and values around a ring")
     return parser.parse_args()
 
 

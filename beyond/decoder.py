@@ -85,7 +85,8 @@ class Decoder(nn.Module):
         self.name = f"decoder-{width}x{depth}"
         self.characters = nn.Embedding(CHARACTERS, width)
         self.positions = nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        blocks = [Block(width, heads) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CHARACTERS, bias=False)
         if tie_weights:

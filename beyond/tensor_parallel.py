@@ -1,7 +1,7 @@
 """Tensor parallelism: each rank computes a part of every block, and all work on the same batch.
 
-$ torchrun --standalone --nproc-per-node=2 beyond/tensor_parallel.py              # by hand
-$ torchrun --standalone --nproc-per-node=2 beyond/tensor_parallel.py --library    # with torch's DTensor
+$ torchrun --standalone --nproc-per-node=2 beyond/tensor_parallel.py            # by hand
+$ torchrun --standalone --nproc-per-node=2 beyond/tensor_parallel.py --library  # with DTensor
 
 It saves no snapshots: a run that is interrupted starts again from the beginning.
 """

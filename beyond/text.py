@@ -81,8 +81,8 @@ def sums(count: int, part: int) -> list[bytes]:
     numbers = order[:400] if part == 1 else order[400:]
     generator = torch.Generator().manual_seed(part)
     lines = []
-    for place in torch.randint(len(numbers), (count,), generator=generator).tolist():
-        a, b = divmod(numbers[place], 50)
+    for index in torch.randint(len(numbers), (count,), generator=generator).tolist():
+        a, b = divmod(numbers[index], 50)
         lines.append(f"{in_words(a)} and {in_words(b)} is {in_words(a + b)}\n".encode())
     return lines
 

@@ -2,9 +2,10 @@
 
     python workshop/export.py 03 DIR     DIR is new, or empty
 
-DIR gets train.py and the files beside it, the modules of `common` that they import, a README, the license,
-requirements.txt, and a test. Nothing in it refers to a file that is not there. Exit status: 0 when DIR is
-there, 2 when the arguments are wrong or DIR cannot be written. After an error, DIR is as it was before.
+DIR gets train.py and the files beside it, the modules of `common` and `beyond` that they import, a README,
+the license, requirements.txt, and a test. Nothing in it refers to a file that is not there. Exit status: 0
+when DIR is there, 2 when the arguments are wrong or DIR cannot be written. After an error, DIR is as it was
+before.
 """
 
 import argparse
