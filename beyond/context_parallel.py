@@ -92,7 +92,7 @@ class Trainer:
         self.args = args
         self.device = device
         self.model = model
-        # Sums the ranks' gradients, each of which is of a part of the texts. It also averages.
+        # Averages the ranks' gradients: each rank has those of its part of the texts.
         self.ddp_model = DDP(model, gradient_as_bucket_view=True)
         self.optimizer = optimizer
         self.report = report

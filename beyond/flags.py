@@ -1,12 +1,14 @@
 """The flags that the scripts in this folder share."""
 
+import functools
 from pathlib import Path
 
 from common.options import OneLineParser, fail, make_parser, positive_float, whole_number
 
 WITHOUT = {
     *("--model", "--vit-width", "--vit-depth", "--num-samples", "--data-dir"),  # digits: see below for text
-    *("--snapshot-dir", "--save-every", "--allow-changes"),  # these scripts save no snapshots
+    *("--snapshot-dir", "--save-every", "--allow-changes", "--epochs"),  # no snapshots, no resumed runs
+    "--batch-size",  # not for each process: all ranks have the same batch
     "--compile",
 }
 
@@ -15,8 +17,11 @@ def make_text_parser(script: str, description: str) -> OneLineParser:
     """The steps' flags, without those for digits and snapshots, and those for a text and a decoder."""
     parser = make_parser(script, description, launcher="torchrun", without=WITHOUT)
     parser.set_defaults(step=Path(script).stem)
+    sample_count = functools.partial(whole_number, high=10**7)
     add = parser.add_argument
-    add("--num-samples", type=whole_number, metavar="N", help="train on N pieces of the text")
+    add("--epochs", type=whole_number, default=3, metavar="N", help="how often to go through the text (3)")
+    add("--batch-size", type=whole_number, default=64, metavar="N", help="pieces of text in a step (64)")
+    add("--num-samples", type=sample_count, metavar="N", help="train on N pieces of the text")
     add("--data-dir", type=Path, metavar="DIR", help="train on its *.txt and *.md, not on generated sums")
     add("--width", type=whole_number, default=64, metavar="N", help="width of the decoder's blocks (64)")
     add("--depth", type=whole_number, default=4, metavar="N", help="how many blocks it has (4)")
