@@ -424,6 +424,43 @@ def test_divided_attention_is_attention(tmp_path, ranks):
     assert max(differences) < 1e-13
 
 
+COUNT = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from beyond.decoder import Decoder
+from beyond.tensor_parallel import split_by_hand, split_by_library
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+
+dist.init_process_group("gloo")
+for way in ("by hand", "by library"):
+    model = Decoder(width=32, depth=3, heads=4)
+    if way == "by hand":
+        split_by_hand(model)
+    else:
+        split_by_library(model, init_device_mesh("cpu", (2,)))
+    with CommDebugMode() as forward:
+        output = model(torch.zeros(2, 64, dtype=torch.int64)).sum()
+    with CommDebugMode() as backward:
+        output.backward()
+    if dist.get_rank() == 0:
+        print(way, forward.get_total_counts(), backward.get_total_counts(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_a_block_needs_two_all_reduces_forward_and_two_backward(tmp_path):
+    """By hand and by library: query, key and value share one."""
+    (tmp_path / "count.py").write_text(COUNT)
+    status, out, err = finish(start(torchrun("count.py", 2, str(ROOT), root=tmp_path), tmp_path))
+    print(out, err)
+    assert status == 0
+    assert out.splitlines() == ["by hand 6 6", "by library 6 6"]
+
+
 def test_the_page_shows_the_code_as_it_is():
     page = (ROOT / "beyond" / "README.md").read_text()
     code = "".join(path.read_text() for path in sorted((ROOT / "beyond").glob("*.py")))
