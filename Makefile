@@ -1,11 +1,12 @@
-# make train  installs what is needed into .venv, trains the steps on MNIST and compares them
-# make test   the same for the tests; make test-all adds those that repeat, or need root
-# make gpu    the tests for a machine with a GPU; with python3 as it is: torch, torchvision, pytest and tqdm
-# make soak   interrupts training at 100 random moments and compares how it ends
-# make mutants  takes each line of the scripts out, and sees whether a test turns red: hours, goes on where it was
-# make bench  each step beside what it could be, in 20 minutes; make record  runs the commands of the pages
-# make docs   fills the pages from scripts and records, draws their pictures, and makes docs/index.html
-# What they install, they install once. DATA_DIR=<folder> uses MNIST from there, ARGS="…" adds flags.
+# make train    installs what is needed into .venv, trains the steps on MNIST, and compares them
+# make test     installs what the tests need, and runs them; make test-all also runs the slow ones, and as root more
+# make gpu      runs the tests for a machine with a GPU; needs a python3 with torch, torchvision, pytest and tqdm
+# make soak     interrupts training at 100 random moments, and compares how it ends
+# make mutants  changes the scripts in one place at a time, and runs the tests; takes hours, and resumes where it was
+# make bench    compares each step with the best possible speed, in 20 minutes
+# make record   runs the commands of the pages, and records what they print
+# make docs     fills the pages from scripts and records, draws their pictures, and makes docs/index.html
+# Installing happens once. DATA_DIR=<folder> uses MNIST from there; ARGS="…" adds flags.
 
 PYTHON ?= python3
 DATA_DIR ?= data
@@ -23,7 +24,7 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(VENV)/python -m pytest --all --data-dir=$(DATA_DIR) $(ARGS)
 
-# Not from .venv: a GPU's machine comes with a torch that fits its driver. Without pytest-xdist, so no addopts.
+# Not from .venv: a machine with a GPU has a torch that fits its driver. It may lack pytest-xdist: no addopts.
 gpu:
 	GPU_PRETEND=$(GPU_PRETEND) $(PYTHON) -m pytest -o addopts= -ra --durations=0 --durations-min=1 --all $(ARGS) \
 		tests/clusters/test_gpu.py
@@ -52,7 +53,7 @@ clean:
 	rm -rf .venv checkpoints .mutants comparison.json comparison.png .mypy_cache .pytest_cache .ruff_cache \
 		tests/pages/browser/node_modules
 
-# Touched last, so that an installation that was interrupted is done again.
+# The file is made last, so that an interrupted installation is done again.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV)/python -m pip install --quiet -r requirements.txt

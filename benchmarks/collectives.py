@@ -1,9 +1,9 @@
-"""Seconds of all-reduce, all-gather and reduce-scatter at some sizes. Started in ranks, as predict.py does:
+"""Measures all-reduce, all-gather and reduce-scatter at several sizes. predict.py starts it like this:
 
     torchrun --standalone --nproc-per-node=2 benchmarks/collectives.py 1024,1048576
 
-A size is that of the whole tensor, in bytes: of an all-gather what comes out, of a reduce-scatter what goes
-in. Rank 0 prints JSON: for each collective a list of [bytes, median of the seconds].
+A size is that of the whole tensor in bytes: the output of an all-gather, the input of a reduce-scatter. Rank
+0 prints JSON: for each collective, a list of [bytes, seconds].
 """
 
 import json
@@ -13,66 +13,71 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# Since torch 2.14 they have another name, which 2.11 does not know.
+# torch 2.14 has renamed these two functions; torch 2.11 does not have the new names.
 warnings.filterwarnings("ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
-SECONDS = 2  # for each collective at each size, or at least five rounds
+SECONDS = 2  # about, for each collective at each size; but at least five rounds, and at most fifty
 
 
 def compute() -> None:
-    """Some milliseconds of work, so that a collective meets the ranks as a step leaves them: apart."""
+    """Some milliseconds of work. After it, the ranks reach a collective at different times, as in a step."""
     matrix = torch.ones(192, 192)
     for _ in range(24):
         torch.mm(matrix, matrix)
 
 
-def median(work: Callable[[], Any], device: str) -> float:
-    """Of the seconds by which a collective makes a piece of work longer, which all ranks begin together."""
-    whole, own = [], []
+def added_seconds(collective: Callable[[], Any], device: str) -> float:
+    """The seconds that a collective adds to `compute`: the difference of two medians."""
+    total_seconds = []
+    compute_seconds = []
 
-    def once() -> None:
+    def measure() -> None:
         dist.barrier()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         compute()
-        computed = time.perf_counter()
-        work()
+        compute_seconds.append(time.perf_counter() - start)
+        collective()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        whole.append(time.perf_counter() - begun)
-        own.append(computed - begun)
+        total_seconds.append(time.perf_counter() - start)
 
-    for _ in range(3):
-        once()
-    slowest = torch.tensor(whole[-1], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # or the ranks would not measure equally often
-    for _ in range(max(5, min(50, int(SECONDS / slowest.item())))):
-        once()
-    return statistics.median(whole[3:]) - statistics.median(own[3:])
+    for _ in range(3):  # warm-up
+        measure()
+    slowest = torch.tensor(total_seconds[-1], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # so that all ranks do the same number of rounds
+    rounds = int(SECONDS / slowest.item())
+    for _ in range(max(5, min(50, rounds))):
+        measure()
+    return statistics.median(total_seconds[3:]) - statistics.median(compute_seconds[3:])
 
 
 def main(sizes: list[int]) -> None:
     dist.init_process_group()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
     device = "cpu"
     if dist.get_backend() == "nccl":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    found: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "all_gather": [], "reduce_scatter": []}
+    points: dict[str, list[tuple[int, float]]] = {"all_reduce": [], "all_gather": [], "reduce_scatter": []}
     for size in sizes:
-        whole = torch.zeros(size // 4 // ranks * ranks, device=device)
-        part = whole.chunk(ranks)[rank].clone()
-        for name, work in {
-            "all_reduce": lambda: dist.all_reduce(whole),  # noqa: B023
-            "all_gather": lambda: dist.all_gather_into_tensor(whole, part),  # noqa: B023
-            "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),  # noqa: B023
-        }.items():
-            found[name].append((size, median(work, device)))
+        elements_per_rank = size // 4 // world_size  # float32 has four bytes
+        whole = torch.zeros(elements_per_rank * world_size, device=device)
+        shard = whole.chunk(world_size)[rank].clone()
+        collectives: dict[str, Callable[[], Any]] = {
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, shard),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, shard, whole),
+        }
+        for name, collective in collectives.items():
+            points[name].append((size, added_seconds(collective, device)))
     if rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(points))
     dist.destroy_process_group()
 
 

@@ -1,12 +1,13 @@
-"""What bench.py times inside of a step's own ranks: an epoch, a vote, a save, each beside the bare work.
+"""Measures in the ranks of a step: an epoch or a save, compared with the bare work, or single steps.
 
     python benchmarks/in_rank.py 01 CELLS                                             # bench.py starts these
     torchrun --standalone --nproc-per-node=2 benchmarks/in_rank.py 03 CELLS
 
-CELLS is JSON: a list of objects with `measure` (`loop`, `steps` or `save`), `rounds` (of a loop as many of
-them as fit into eight seconds, at least two), `samples` (of a rank in an epoch) and `flags` of the step. Each
-cell builds what the step's `main` builds, and takes turns (A B A B …). Rank 0 prints, for each cell, one line
-of JSON that begins with `cell: `.
+CELLS is a JSON list. Each object in it is one measurement: `measure` (`loop`, `steps` or `save`), `rounds`
+(`loop` does fewer if they take longer than eight seconds, but at least two), `samples` (of a rank in an
+epoch) and `flags` of the step. The step's `main` builds everything, and then this program measures instead of
+training. The two sides of a comparison take turns (A B A B …). For each measurement, rank 0 prints one line:
+`cell: `, followed by JSON.
 """
 
 import contextlib
@@ -18,11 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-SECONDS = 8  # for the rounds of a loop, of which there are two or more
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,11 +40,12 @@ from common.process_group import release_process_group  # noqa: E402
 from common.snapshot import snapshots  # noqa: E402
 from common.stopping import GracefulStop  # noqa: E402
 
+LOOP_SECONDS = 8
 TIMEOUT = 600.0  # seconds, the scripts' default
 
 
 def load(step: str) -> ModuleType:
-    """A step's train.py, as a module."""
+    """A step's train.py as a module. From then on, this process looks as if it had started that script."""
     [path] = ROOT.glob(f"{step}_*/train.py")
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("script", path)
@@ -52,33 +53,34 @@ def load(step: str) -> ModuleType:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     sys.argv[0] = str(path)
-    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # step 02 refuses torchrun, which starts its ranks here
+    os.environ.pop("TORCHELASTIC_RUN_ID", None)  # step 02 refuses torchrun, which has started these ranks
     return script
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long all ranks take, who begin together, until the last one has done its work: alike on all."""
-    together()
-    begun = time.perf_counter()
-    work()
-    together()
-    took = torch.tensor(time.perf_counter() - begun, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-    return took.item()
-
-
-def together() -> None:
+def wait_for_all() -> None:
+    """Wait for this rank's GPU, then for all other ranks."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     if dist.is_initialized():
         dist.barrier()
 
 
-def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
-    """An epoch's batches of this rank, on the device, and a loop over them that does nothing else.
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds from the common start of all ranks until the last one has finished. The same on all ranks."""
+    wait_for_all()
+    start = time.perf_counter()
+    work()
+    wait_for_all()
+    elapsed = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(elapsed, dist.ReduceOp.MAX)
+    return elapsed.item()
 
-    On a GPU it is the loop of a single process, and its step is one CUDA graph.
+
+def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
+    """An epoch's batches of this rank, already on the device, and a loop that only trains on them.
+
+    On a GPU it is the loop of a single process, with each step as one CUDA graph.
     """
     model = getattr(trainer, "ddp_model", trainer.model)
     optimizer = trainer.optimizer
@@ -86,158 +88,174 @@ def bare_loop(trainer: Any) -> tuple[list[Any], Callable[[], None]]:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     rows_of_rank = order[trainer.report.rank :: trainer.report.world_size]
     batches = [to_device(data[rows], trainer.device) for rows in rows_of_rank.split(trainer.args.batch_size)]
+    if trainer.device.type == "cuda":
+        return batches, cuda_graph_loop(trainer, batches)
 
-    def bare() -> None:
+    def train() -> None:
         for images, labels in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
-    return batches, graph(trainer, batches) if trainer.device.type == "cuda" else bare
+    return batches, train
 
 
-def graph(trainer: Any, batches: list[Any]) -> Callable[[], None]:
-    """The loop over the batches as a GPU could do it at best: the CPU starts a step's kernels all at once."""
+def cuda_graph_loop(trainer: Any, batches: list[Any]) -> Callable[[], None]:
+    """A loop over the batches at a GPU's best: the CPU launches all kernels of a step at once."""
     args = trainer.args
     model = build_model(args.model, args.precision, args.vit_width, args.vit_depth).to(trainer.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True, capturable=True)
-    images, labels = (tensor.clone() for tensor in batches[0])  # a graph reads where it has read before
+    images, labels = (tensor.clone() for tensor in batches[0])  # each replay reads these two tensors
 
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
 
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # as pytorch.org/docs/stable/notes/cuda.html has it
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # warm-up, as in pytorch.org/docs/stable/notes/cuda.html
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(beside)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         step()
 
-    def bare(keep: Any = (model, optimizer)) -> None:  # which the graph writes to, and Python would free
-        for some_images, some_labels in batches:
-            images.copy_(some_images)
-            labels.copy_(some_labels)
-            captured.replay()
+    # The graph writes to the model and the optimizer: the default argument keeps Python from freeing them.
+    def train(keep_alive: Any = (model, optimizer)) -> None:
+        for next_images, next_labels in batches:
+            images.copy_(next_images)
+            labels.copy_(next_labels)
+            graph.replay()
 
-    return bare
+    return train
 
 
 def run_batch(trainer: Any, batch: Any) -> None:
-    """A step of one batch, which steps 04 and 05 want in a list."""
+    """Train on one batch. Steps 04 and 05 take a list of batches."""
     trainer.run_batch([batch] if hasattr(trainer.args, "accumulate") else batch)
 
 
-def on_the_gpu(trainer: Any, batch: Any, steps: int = 5) -> dict[str, float]:
-    """Of one step: how many kernels and copies there are, and the seconds that they take."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as seen:
+def gpu_work(trainer: Any, batch: Any, steps: int = 5) -> dict[str, float]:
+    """Per step: the number of kernels and copies on the GPU, and the seconds that they take together."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(steps):
             run_batch(trainer, batch)
         torch.accelerator.synchronize()
-    own = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
-    busy = sum(event.time_range.elapsed_us() for event in own) / 1e6
-    return {"kernels": len(own) / steps, "busy": busy / steps}
+    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    busy_seconds = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+    return {"kernels": len(kernels) / steps, "busy": busy_seconds / steps}
 
 
-def loop(trainer: Any, rounds: int) -> dict[str, Any]:
-    """Seconds of an epoch of the step, and of the same on batches that lie ready; and those of a vote."""
+def measure_loop(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds of epochs, each paired with those of the bare loop; samples of all ranks; seconds of a vote.
+
+    On a GPU, also what its kernels do in a step.
+    """
     trainer.stop = GracefulStop(TIMEOUT)
-    vote = trainer.stop.requested
-    votes: list[float] = []
+    requested = trainer.stop.requested
+    vote_seconds: list[float] = []
 
-    def timed() -> bool:
-        begun = time.perf_counter()
-        stopping = vote()
-        votes.append(time.perf_counter() - begun)
+    def timed_vote() -> bool:
+        start = time.perf_counter()
+        stopping = requested()
+        vote_seconds.append(time.perf_counter() - start)
         return bool(stopping)
 
-    trainer.stop.requested = timed
-    batches, bare = bare_loop(trainer)
+    trainer.stop.requested = timed_vote
+    batches, train_bare = bare_loop(trainer)
     trainer.model.train()
-    bare()  # the first steps are slow
+    train_bare()  # the first steps are slow
     pairs: list[tuple[float, float]] = []
-    while len(pairs) < min(2, rounds) or (len(pairs) < rounds and sum(map(sum, pairs)) < SECONDS):
-        pairs.append((seconds(trainer.run_epoch), seconds(bare)))
-    assert all(weights.isfinite().all() for weights in trainer.model.parameters())  # nobody else wrote there
+    total_seconds = 0.0
+    while len(pairs) < rounds and (len(pairs) < 2 or total_seconds < LOOP_SECONDS):
+        epoch_seconds = seconds_of(trainer.run_epoch)
+        bare_seconds = seconds_of(train_bare)
+        pairs.append((epoch_seconds, bare_seconds))
+        total_seconds += epoch_seconds + bare_seconds
+    # A CUDA graph could have written to memory that was no longer its own.
+    assert all(weights.isfinite().all() for weights in trainer.model.parameters())
     samples = sum(len(labels) for _, labels in batches) * trainer.report.world_size
-    found = {"pairs": pairs, "samples": samples, "vote": sum(votes) / len(votes)}
+    result = {"pairs": pairs, "samples": samples, "vote": sum(vote_seconds) / len(vote_seconds)}
     if trainer.device.type == "cuda":
-        found |= on_the_gpu(trainer, batches[0])
-    return found
+        result |= gpu_work(trainer, batches[0])
+    return result
 
 
-def steps(trainer: Any, rounds: int) -> dict[str, Any]:
-    """Seconds of each step of the last of some epochs, from one to the next."""
+def measure_steps(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds of each step in the last of `rounds` epochs, from the start of a step to the next start."""
     trainer.stop = GracefulStop(TIMEOUT)
     train = trainer.run_batch
-    moments: list[float] = []
+    starts: list[float] = []
 
-    def noted(batch: Any) -> Any:
-        moments.append(time.perf_counter())
+    def train_and_note_start(batch: Any) -> Any:
+        starts.append(time.perf_counter())
         return train(batch)
 
-    trainer.run_batch = noted
+    trainer.run_batch = train_and_note_start
     for _ in range(rounds):
-        moments.clear()
+        starts.clear()
         trainer.run_epoch()
-    return {"seconds": [after - before for before, after in itertools.pairwise(moments)]}
+    return {"seconds": [after - before for before, after in itertools.pairwise(starts)]}
 
 
-def save(trainer: Any, rounds: int) -> dict[str, Any]:
-    """Seconds for which a save stops the training, and for copying as many bytes to the same disk.
+def measure_save(trainer: Any, rounds: int) -> dict[str, Any]:
+    """Seconds for which a save stops the training, paired with those of writing the same bytes to its disk.
 
-    In step 05 every rank writes its shards, and the bytes are those of rank 0.
+    In step 05 each rank writes its own shards; `bytes` are those of rank 0.
     """
     sharded = hasattr(trainer, "saver")
-    # Before its first step, the optimizer has no state.
+    # The optimizer has no state before its first step.
     run_batch(trainer, trainer.train_loader.dataset[: trainer.args.batch_size])
     folder = trainer.args.snapshot_dir
     folder.mkdir(parents=True, exist_ok=True)
-    content = b""
     pairs = []
-
-    def copy() -> None:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
     for _ in range(rounds + 1):
         trainer.global_step += 1
-        pause = seconds(trainer.save_snapshot)
+        pause = seconds_of(trainer.save_snapshot)
         if sharded:
             trainer.saver.wait()
-        [newest, *_] = snapshots(folder, sharded)
-        rank = dist.get_rank() if sharded else 0
-        content = (
-            b"".join(path.read_bytes() for path in newest.glob(f"__{rank}_*"))
-            if sharded
-            else newest.read_bytes()
-        )
-        pairs.append((pause, seconds(copy)))
-    return {"pairs": pairs[1:], "bytes": len(content)}  # the first ones make buffers
+        newest = snapshots(folder, sharded)[0]
+        files = sorted(newest.glob(f"__{dist.get_rank()}_*")) if sharded else [newest]
+        content = b"".join(file.read_bytes() for file in files)
+        pairs.append((pause, seconds_of(partial(write_to_disk, folder, content))))
+    return {"pairs": pairs[1:], "bytes": len(content)}  # the first save allocates buffers
 
 
-def one(
-    script: ModuleType, cell: dict[str, Any], device: torch.device, ranks: int, folder: str
+def write_to_disk(folder: Path, content: bytes) -> None:
+    """Write a temporary file, and wait until it is on the disk."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+MEASURES = {"loop": measure_loop, "steps": measure_steps, "save": measure_save}
+
+
+def measure_cell(
+    script: ModuleType, cell: dict[str, Any], device: torch.device, world_size: int, folder: str
 ) -> dict[str, Any]:
-    """Let a step's `main` build all it needs, and measure in the place of training."""
-    found: dict[str, Any] = {}
-    measure = {"loop": loop, "steps": steps, "save": save}[cell["measure"]]
-    # Step 05 gives `train` the snapshot that it has found: here, there is none.
-    script.Trainer.train = lambda trainer, state=None: found.update(measure(trainer, cell["rounds"]))
-    flags = [f"--num-samples={cell['samples'] * ranks}", f"--use-gpu={int(device.type != 'cpu')}"]
+    """Let a step's `main` build everything, but measure instead of training. Returns the results."""
+    result: dict[str, Any] = {}
+
+    # Step 05 passes the snapshot that it has loaded: here, there is none.
+    def measure_instead(trainer: Any, state: Any = None) -> None:
+        result.update(MEASURES[cell["measure"]](trainer, cell["rounds"]))
+
+    script.Trainer.train = measure_instead
+    flags = [f"--num-samples={cell['samples'] * world_size}", f"--use-gpu={int(device.type != 'cpu')}"]
     sys.argv[1:] = [*flags, f"--snapshot-dir={folder}", "--epochs=1000", *cell["flags"]]
     args = script.parse_args()
-    script.main(args, device) if dist.is_initialized() else script.main(args)
-    return found
+    if dist.is_initialized():
+        script.main(args, device)
+    else:
+        script.main(args)
+    return result
 
 
-def end() -> None:
+def end_process_group() -> None:
     release_process_group()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -245,26 +263,28 @@ def end() -> None:
 
 def main(step: str, cells: list[dict[str, Any]]) -> None:
     script = load(step)
-    rank, local_rank, ranks = (
-        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    device = setup_device(None if count_gpus() >= ranks else 0, local_rank)
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = setup_device(None if count_gpus() >= world_size else 0, local_rank)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     with contextlib.ExitStack() as stack:
         if step != "01":
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-            stack.callback(end)
-        folder = [stack.enter_context(tempfile.TemporaryDirectory()) if rank == 0 else ""]
+            stack.callback(end_process_group)
+        folder = [""]  # a list, because the ranks exchange lists of objects
+        if rank == 0:
+            folder[0] = stack.enter_context(tempfile.TemporaryDirectory())
         if step != "01":
             dist.broadcast_object_list(folder)
         for number, cell in enumerate(cells):
-            found = one(script, cell, device, ranks, f"{folder[0]}/{number}")
+            result = measure_cell(script, cell, device, world_size, f"{folder[0]}/{number}")
             if rank == 0:
-                print("cell: " + json.dumps({**cell, "step": step, **found}), flush=True)
-        together()  # or rank 0 would take the folder from the others
+                print("cell: " + json.dumps({**cell, "step": step, **result}), flush=True)
+        wait_for_all()  # or rank 0 would delete the folder too early
 
 
 if __name__ == "__main__":
-    which, asked = sys.argv[1:]
-    main(which, json.loads(asked))
+    step, cells = sys.argv[1:]
+    main(step, json.loads(cells))

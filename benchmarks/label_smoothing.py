@@ -1,10 +1,10 @@
-"""A step with a loss and an optimizer of your own: label smoothing, and AdamW with other betas.
+"""Runs a step with another loss and another optimizer: label smoothing, and AdamW with other betas.
 
     python benchmarks/label_smoothing.py 01 --epochs 1 --batch-size 256 --lr 0.01 --schedule one-cycle
     torchrun --standalone --nproc-per-node=2 benchmarks/label_smoothing.py 03 --epochs 1 --batch-size 128 …
 
-The first word is the step, and the rest are its flags. The step's train.py stays as it is: this program loads
-it, and puts a Trainer in its place that differs in two points. The test loss has no label smoothing.
+The first argument is the step, the others are its flags. The step's train.py stays as it is: this program
+loads it, and replaces its Trainer with one that differs in two points. The test loss has no label smoothing.
 """
 
 import sys
@@ -20,19 +20,19 @@ import torch.nn.functional as F  # noqa: E402
 from benchmarks.in_rank import load  # noqa: E402
 from common.options import fail  # noqa: E402
 
-STEPS = ["01", "03", "04", "05"]  # the processes that step 02 starts would load its train.py again, unchanged
+STEPS = ["01", "03", "04", "05"]  # not 02: the processes that it starts would load the unchanged train.py
 SMOOTHING = 0.1
-BETAS = (0.7, 0.9)  # averages over fewer steps than with 0.9 and 0.999: an epoch has only 234
+BETAS = (0.7, 0.9)  # shorter averages than with the default, 0.9 and 0.999: an epoch has only 234 steps
 
 
 def main(step: str) -> None:
     script: Any = load(step)
 
     class Trainer(script.Trainer):
-        def __init__(self, args: Any, device: Any, model: Any, optimizer: Any, *others: Any):
+        def __init__(self, args: Any, device: Any, model: Any, optimizer: Any, *more_args: Any):
             for group in optimizer.param_groups:
                 group["betas"] = BETAS
-            super().__init__(args, device, model, optimizer, *others)
+            super().__init__(args, device, model, optimizer, *more_args)
 
         def loss(self, batch: Any) -> torch.Tensor:
             images, labels = batch
@@ -49,5 +49,5 @@ def main(step: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in STEPS:
-        fail(f"the first word must be a step: {', '.join(STEPS)}")
+        fail(f"the first argument must be a step: {', '.join(STEPS)}")
     main(sys.argv.pop(1))

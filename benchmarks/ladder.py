@@ -1,11 +1,11 @@
-"""From a textbook's script to 99 % in one epoch: one idea a rung, each measured.
+"""Measures the ideas that lead from a textbook script to 99 % in one epoch: each rung adds one of them.
 
     python benchmarks/ladder.py --data-dir data --seeds 3
 
-Each rung trains one epoch of MNIST on this machine's CPU and tests. Its first rung is written as
-github.com/pytorch/examples trains on MNIST: its net, its optimizer, a picture and two transforms for each
-image, `loss.item()` in every tenth step. Each further rung changes one thing. The last is what
-`benchmarks/speedrun.py` trains with; here, the loop is bare. Prints a table, and JSON in the last line.
+Each rung trains one epoch of MNIST on this machine's CPU, and tests. The first rung trains like the MNIST
+example of github.com/pytorch/examples: its net, its optimizer, a PIL image and two transforms for each
+sample, `loss.item()` in every tenth step. Each further rung changes one thing. The last one is the recipe of
+`benchmarks/speedrun.py`, here with a bare loop. The program prints a table, and JSON in the last line.
 """
 
 import argparse
@@ -38,19 +38,20 @@ from common.schedule import Schedule  # noqa: E402
 
 @dataclass(frozen=True)
 class Rung:
-    """What is done; the first rung's values are the textbook's."""
+    """How a rung trains. The defaults are those of the textbook script, the first rung."""
 
     idea: str
     picture_by_picture: bool = True
-    item_every: int = 10  # steps between two `loss.item()`; 0: none
+    item_every: int = 10  # steps between two calls of `loss.item()`; 0: no calls
     net: Callable[[], nn.Module] = big_net
-    adamw: bool = False  # at 0.001, or with one cycle up to 0.01; else Adadelta at 1.0
+    adamw: bool = False  # with learning rate 0.001, or one cycle up to 0.01; otherwise Adadelta with 1.0
     batch: int = 64
     schedule: str = "constant"
     smoothing: float = 0.0
 
 
 def rungs() -> list[Rung]:
+    """All rungs. Each one is the rung before it with one change."""
     ladder = [Rung("a textbook's script")]
     for change in (
         {"idea": "a batch is one index into one tensor", "picture_by_picture": False},
@@ -65,7 +66,7 @@ def rungs() -> list[Rung]:
 
 
 def batches(rung: Rung, digits: Digits, seed: int) -> Iterator[Any]:
-    """One epoch in an order of its own: floats from pictures, or bytes, which the model makes floats of."""
+    """The batches of an epoch, shuffled: float images (B, 1, 28, 28), or uint8 images (B, 28, 28)."""
     generator = torch.Generator().manual_seed(seed)
     if rung.picture_by_picture:
         transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
@@ -76,7 +77,7 @@ def batches(rung: Rung, digits: Digits, seed: int) -> Iterator[Any]:
 
 
 def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, float]:
-    """Train one epoch: seconds of training, and accuracy in percent."""
+    """Train one epoch, then test: seconds of training, and accuracy in percent."""
     torch.manual_seed(seed)
     net = rung.net()
     model = net if rung.picture_by_picture else Normalized(net, rung.idea)
@@ -89,7 +90,7 @@ def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, fl
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=BETAS)
     schedule = Schedule(optimizer, rung.schedule)
     steps = math.ceil(len(train) / rung.batch)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for step, (images, labels) in enumerate(batches(rung, train, seed)):
         schedule.set_progress(step / steps)
         optimizer.zero_grad()
@@ -98,31 +99,32 @@ def climb(rung: Rung, train: Digits, test: Digits, seed: int) -> tuple[float, fl
         optimizer.step()
         if rung.item_every and step % rung.item_every == 0:
             loss.item()
-    took = time.perf_counter() - begun
+    train_seconds = time.perf_counter() - start
     model = Normalized(net, rung.idea)
     model.eval()
     correct = 0
     with torch.no_grad():
         for images, labels in zip(test.images.split(1000), test.labels.split(1000), strict=True):
             correct += int((model(images).argmax(1) == labels).sum())
-    return took, 100 * correct / len(test)
+    return train_seconds, 100 * correct / len(test)
 
 
 def main(args: argparse.Namespace) -> None:
     train, test = load_mnist(args.data_dir)
     if train.fallback:
-        fail("this ladder is about MNIST: give its folder as --data-dir")
-    found: dict[str, dict[str, Any]] = {}
+        fail("these are not MNIST's images: give the folder of MNIST as --data-dir")
+    results: dict[str, dict[str, Any]] = {}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.seeds} seeds\n")
     print("| one idea a rung | s an epoch | accuracy after it |\n|---|---:|---:|")
     for rung in rungs():
         runs = [climb(rung, train, test, seed) for seed in range(args.seeds)]
-        seconds, accuracies = ([run[place] for run in runs] for place in (0, 1))
-        took, accuracy = statistics.median(seconds), statistics.mean(accuracies)
-        spread = f"{min(seconds):.1f} to {max(seconds):.1f}"
-        print(f"| {rung.idea} | {took:.1f} ({spread}) | {accuracy:.2f}% |", flush=True)
-        found[rung.idea] = {"seconds": [round(second, 2) for second in seconds], "accuracies": accuracies}
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rungs": found}))
+        seconds = [run_seconds for run_seconds, _ in runs]
+        accuracies = [accuracy for _, accuracy in runs]
+        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+        print(f"| {rung.idea} | {spread} | {statistics.mean(accuracies):.2f}% |", flush=True)
+        rounded = [round(run_seconds, 2) for run_seconds in seconds]
+        results[rung.idea] = {"seconds": rounded, "accuracies": accuracies}
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rungs": results}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Runs the commands whose output the pages show, and records it: `make record`.
 
-    python benchmarks/record.py --data-dir data             # all of them
-    python benchmarks/record.py --data-dir data --only vit  # those with these words in them
+    python benchmarks/record.py --data-dir data             # all commands
+    python benchmarks/record.py --data-dir data --only vit  # only the commands that contain this text
 
-The pages say which: `<!-- output: COMMAND`. Each runs in a folder of its own that has the repository's files,
-and MNIST as `data`. The output, seconds, machine and date go to benchmarks/results/outputs.json, from
-which `make docs` fills the pages; comparison.png goes to docs. Half an hour, as root, on an idle machine.
+The pages name the commands: `<!-- output: COMMAND`. Each command runs in a new folder with links to the
+repository's files, and to MNIST as `data`. Its output, seconds, machine and date go to
+benchmarks/results/outputs.json, from which `make docs` fills the pages; comparison.png goes to docs. This
+takes half an hour. Run it as root, on an idle machine.
 """
 
 import argparse
@@ -36,32 +37,33 @@ FILES = ["benchmarks", "common", "compare_steps.py", "launch_multinode.sh", ".ve
 
 
 def commands() -> list[str]:
-    """What the pages ask for, in their order."""
-    asked = [
-        re.findall(r"^<!-- (?:output|printed): (.*?)(?: -->)?$", page.read_text(), re.M) for page in PAGES
-    ]
-    return list(dict.fromkeys([*(command for found in asked for command in found), *SHARDS.values()]))
+    """The commands in the pages, in the order of the pages, then those of the table of shards; each once."""
+    found: list[str] = []
+    for page in PAGES:
+        found += re.findall(r"^<!-- (?:output|printed): (.*?)(?: -->)?$", page.read_text(), re.M)
+    found += SHARDS.values()
+    return list(dict.fromkeys(found))
 
 
-def recorded(command: str, data: Path) -> dict[str, Any]:
-    """Run one, which must end well: the lines that it has printed, its seconds, the machine and the day."""
-    with tempfile.TemporaryDirectory() as name:
+def run(command: str, data: Path) -> dict[str, Any]:
+    """Run a command, which must succeed: its entry in outputs.json."""
+    with tempfile.TemporaryDirectory() as folder:
         for file in FILES:
-            Path(name, file).symlink_to(ROOT / file)
-        Path(name, "data").symlink_to(data.resolve())
+            Path(folder, file).symlink_to(ROOT / file)
+        Path(folder, "data").symlink_to(data.resolve())
         env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        begun = time.monotonic()
+        start = time.monotonic()
         words = ["bash", "-c", command]
-        done = subprocess.run(words, cwd=name, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        seconds = round(time.monotonic() - begun, 1)
-        for picture in Path(name).glob("comparison.png"):
+        process = subprocess.run(words, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        seconds = round(time.monotonic() - start, 1)
+        for picture in Path(folder).glob("comparison.png"):
             shutil.copy(picture, ROOT / "docs")
-    facts = {"machine": speedrun.machine(), "torch": torch.__version__.partition("+")[0]}
     return {
-        **facts,
+        "machine": speedrun.machine(),
+        "torch": torch.__version__.partition("+")[0],
         "date": f"{datetime.date.today()}",
         "seconds": seconds,
-        "output": done.stdout.splitlines(),
+        "output": process.stdout.splitlines(),
     }
 
 
@@ -70,17 +72,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where MNIST is")
-    parser.add_argument("--only", default="", metavar="WORDS", help="commands with these words in them")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only commands that contain this text")
     args = parser.parse_args()
-    file = RESULTS / "outputs.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
+    path = RESULTS / "outputs.json"
+    old_record = json.loads(path.read_text()) if path.exists() else {}
     wanted = commands()
-    record = {command: record[command] for command in wanted if command in record}  # and no page's of before
+    # Forget the commands that are no longer in a page.
+    record = {command: old_record[command] for command in wanted if command in old_record}
     for command in wanted:
         if args.only in command:
             print(command, flush=True)
-            record[command] = recorded(command, args.data_dir)
-            file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            record[command] = run(command, args.data_dir)
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a slow link between two nodes costs step 04, and what --accumulate saves: a table.
+"""Prints a table: how much a slow link between two nodes slows step 04, and how much --accumulate helps.
 
     sudo .venv/bin/python benchmarks/slow_link.py
 
-Needs root, for two hosts in namespaces (see tests/harness/hosts.py). Each has one rank with one thread.
+It needs root, for two hosts in namespaces (see tests/harness/hosts.py). Each has one rank with one thread.
 """
 
 import json
@@ -18,33 +18,34 @@ from hosts import WHY, commands_for, network, possible  # noqa: E402
 from common.cores import count_cores  # noqa: E402
 from common.options import fail  # noqa: E402
 
-LINKS = {
+LINKS = {  # delay in one direction in milliseconds, and bandwidth in Mbit/s
     "as fast as this machine copies": None,
     "100 Mbit/s, 1 ms": (1, 100),
     "10 Mbit/s, 20 ms": (20, 10),
-}  # delay one way
+}
 ACCUMULATE = [1, 4, 16]
-# 32 batches an epoch, on both nodes together; the first epoch warms up.
+# 32 batches per epoch on each node. The first epoch is a warm-up.
 FLAGS = ["--num-samples=4096", "--batch-size=64", "--epochs=3", "--use-gpu=0"]
 
 
 def measure(link: tuple[float, float] | None, accumulate: int) -> tuple[float, float]:
-    """Train; the seconds of a step and the samples/s of both nodes together."""
+    """Train step 04 on two hosts: the seconds of a step, and the samples/s of both nodes together."""
     with tempfile.TemporaryDirectory() as scratch, network(Path(scratch, "net"), 2, link) as net:
         flags = [*FLAGS, f"--accumulate={accumulate}"]
         flags += [f"--snapshot-dir={net.disk}/snapshots", f"--metrics={net.disk}/metrics.jsonl"]
         commands = commands_for(["node1", "node2"], "--nproc-per-node=1", "--", *flags)
-        running = [host.start(commands[host.name], CUDA_VISIBLE_DEVICES="") for host in net.hosts]
-        for process in running:
-            out, _ = process.communicate()
+        processes = [host.start(commands[host.name], CUDA_VISIBLE_DEVICES="") for host in net.hosts]
+        for process in processes:
+            output, _ = process.communicate()
             if process.returncode != 0:
-                print(out)
+                print(output)
                 sys.exit(1)
         lines = (net.hosts[0].disk / "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    warm = [event for event in events if event["event"] == "train" and event["epoch"] > 0]
-    rate = sum(event["samples_per_s"] for event in warm) / len(warm)
-    return 2 * 64 * accumulate / rate, rate
+    after_warm_up = [event for event in events if event["event"] == "train" and event["epoch"] > 0]
+    rate = sum(event["samples_per_s"] for event in after_warm_up) / len(after_warm_up)
+    samples_per_step = 2 * 64 * accumulate
+    return samples_per_step / rate, rate
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
-"""99 % on MNIST in one epoch: how reliably, and how fast.
+"""Measures how reliably and how fast one epoch reaches 99 % on MNIST.
 
     python benchmarks/speedrun.py --data-dir data --seeds 30            # step 01
     python benchmarks/speedrun.py --data-dir data --seeds 30 --ranks 2  # step 03, the same global batch
 
-Each seed is a run of a step with label smoothing, see benchmarks/label_smoothing.py. Prints accuracy and
-seconds of each, then their mean and standard deviation. The last line is JSON.
+With each seed, a step is run once, with label smoothing (see benchmarks/label_smoothing.py). The program
+prints the accuracy and the seconds of each run, then the mean and the standard deviation of the accuracies.
+The last line is JSON.
 
-The seconds: `train_seconds` are the training steps alone, as the script reports them. `wall_seconds` are
-all from the start of the process to the result on the terminal: importing torch, reading MNIST from the disk,
-training, testing. Nothing is warmed up, no run is left out, and the test set decides nothing in a run.
+`train_seconds` is the time of the training steps alone, as the script reports it. `wall_seconds` is the time
+from the start of the process to the result on the terminal: importing torch, reading MNIST from disk,
+training and testing. There is no warm-up, no run is left out, and no decision in a run uses the test set.
 """
 
 import argparse
@@ -33,11 +34,11 @@ from common.device import count_gpus  # noqa: E402
 from common.options import fail, whole_number  # noqa: E402
 
 GLOBAL_BATCH = 256
-RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle"]  # and what label_smoothing.py adds
+RECIPE = ["--epochs=1", "--lr=0.01", "--schedule=one-cycle"]  # label_smoothing.py adds the rest
 
 
 def command(ranks: int, precision: str) -> list[str]:
-    """The recipe at so many ranks, all on this machine."""
+    """The command that trains with the recipe on this number of ranks, all on this machine."""
     script = str(ROOT / "benchmarks" / "label_smoothing.py")
     flags = [*RECIPE, f"--batch-size={GLOBAL_BATCH // ranks}", f"--precision={precision}"]
     if ranks == 1:
@@ -47,33 +48,35 @@ def command(ranks: int, precision: str) -> list[str]:
 
 
 def run(words: list[str], seed: int, data_dir: str) -> tuple[float, float, float]:
-    """Start the script: accuracy in percent, seconds of training, seconds until the result is printed."""
+    """Run the command: accuracy in percent, seconds of training, seconds until the result is printed."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--seed={seed}", f"--data-dir={data_dir}"]
         flags += [f"--snapshot-dir={folder}", f"--metrics={folder}/m"]
-        begun = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        wall = 0.0
+        wall_seconds = 0.0
         for line in process.stdout:
             if "accuracy" in line:
-                wall = time.perf_counter() - begun
+                wall_seconds = time.perf_counter() - start
         if process.wait():
-            fail(f"the run with seed {seed} ended with status {process.returncode}: see its output above")
+            fail(f"the run with seed {seed} exited with status {process.returncode}: see its output above")
         lines = Path(folder, "m").read_text().splitlines()
     events: list[dict[str, Any]] = [json.loads(line) for line in lines]
     if events[0]["dataset"] != "mnist":
         fail("these are not the real digits: give the folder of MNIST as --data-dir")
-    [test] = [event for event in events if event["event"] == "eval"]
-    return 100 * test["accuracy"], events[-1]["seconds"], wall
+    [evaluation] = [event for event in events if event["event"] == "eval"]
+    return 100 * evaluation["accuracy"], events[-1]["seconds"], wall_seconds
 
 
 def machine() -> str:
-    """What GPU and processor call themselves, and how many cores there are."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    """The name of the GPU, if there is one, the name of the processor, and the number of cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processors = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    processor = processors[0] if processors else platform.machine()
     gpu = f"{torch.cuda.get_device_name(0)}, " if count_gpus() and torch.cuda.is_available() else ""
-    return f"{gpu}{names[0] if names else platform.machine()}, {count_cores()} cores"
+    return f"{gpu}{processor}, {count_cores()} cores"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -81,20 +84,26 @@ def main(args: argparse.Namespace) -> None:
         fail(f"--ranks {args.ranks} does not divide the global batch of {GLOBAL_BATCH}: use 1, 2, 4 or 8")
     words = command(args.ranks, args.precision)
     print(f"$ {' '.join(word.replace(str(ROOT) + '/', '') for word in words[1:])}")
-    runs = []
+    accuracies = []
+    train_seconds = []
+    wall_seconds = []
     for seed in range(args.seeds):
-        runs.append(run(words, seed, args.data_dir))
-        print("seed {:2}  {:.2f}%  {:.1f} s of training, {:.1f} s in all".format(seed, *runs[-1]), flush=True)
-    accuracies, trained, walls = (list(column) for column in zip(*runs, strict=True))
+        accuracy, training, wall = run(words, seed, args.data_dir)
+        print(
+            f"seed {seed:2}  {accuracy:.2f}%  {training:.1f} s of training, {wall:.1f} s in all", flush=True
+        )
+        accuracies.append(accuracy)
+        train_seconds.append(training)
+        wall_seconds.append(wall)
     mean = statistics.mean(accuracies)
-    deviation = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
-    print(f"n {len(runs)}, mean {mean:.3f}%, standard deviation {deviation:.3f}")
+    deviation = statistics.stdev(accuracies) if args.seeds > 1 else 0.0
+    print(f"n {args.seeds}, mean {mean:.3f}%, standard deviation {deviation:.3f}")
     result = {
-        "n": len(runs),
+        "n": args.seeds,
         "mean": round(mean, 3),
         "sd": round(deviation, 3),
-        "train_seconds": round(statistics.mean(trained), 2),
-        "wall_seconds": round(statistics.mean(walls), 2),
+        "train_seconds": round(statistics.mean(train_seconds), 2),
+        "wall_seconds": round(statistics.mean(wall_seconds), 2),
         "ranks": args.ranks,
         "precision": args.precision,
         "machine": machine(),
@@ -109,8 +118,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="where MNIST is (data)")
-    parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help="how many runs (5)")
-    parser.add_argument("--ranks", type=whole_number, default=1, metavar="N", help="processes, 1 or more (1)")
+    parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help="number of runs (5)")
+    parser.add_argument("--ranks", type=whole_number, default=1, metavar="N", help="number of processes (1)")
     parser.add_argument(
         "--precision", choices=["float32", "float64", "bf16"], default="float32", help="float32 by default"
     )

@@ -1,10 +1,10 @@
-"""A textbook's script, with which the speed of the steps is compared.
+"""A script as in a textbook. bench.py compares the steps with it, and ladder.py starts from it.
 
     python benchmarks/textbook.py --data-dir data --epochs 8 --until 99
 
-It is written as github.com/pytorch/examples trains on MNIST: its net and its optimizer, a picture and two
-transforms for each image, `loss.item()` every ten batches, and on a GPU one worker process. After each epoch
-it prints the accuracy in percent, until that is reached or the epochs are over.
+It trains like the MNIST example of github.com/pytorch/examples: its net and its optimizer, a PIL image and
+two transforms for each sample, `loss.item()` every ten batches, and on a GPU one worker process. After each
+epoch, it prints the accuracy in percent. It stops when the accuracy reaches `--until`, or after `--epochs`.
 """
 
 import sys
@@ -46,7 +46,7 @@ def big_net() -> nn.Module:
 
 
 class Pictures(Dataset[Any]):
-    """Digits one by one, as torchvision.datasets.MNIST hands them out."""
+    """Samples one by one, as torchvision.datasets.MNIST returns them."""
 
     def __init__(self, digits: Digits, transform: Callable[[Image.Image], torch.Tensor]):
         self.digits = digits
@@ -63,36 +63,38 @@ class Pictures(Dataset[Any]):
 def main() -> None:
     parser = make_parser(__file__, __doc__ or "")
     parser.add_argument(
-        "--until", type=float, default=100.0, metavar="X", help="end when X %% are right (100)"
+        "--until", type=float, default=100.0, metavar="X", help="stop at an accuracy of X %% (100)"
     )
     args = parser.parse_args()
     device = setup_device(args.use_gpu)
-    digits, test = load_mnist(args.data_dir, args.num_samples)
+    train, test = load_mnist(args.data_dir, args.num_samples)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     options: dict[str, Any] = {}
     if device.type != "cpu":
         options = {"num_workers": 1, "persistent_workers": True, "pin_memory": True}
-    loader: DataLoader[Any] = DataLoader(Pictures(digits, transform), 64, shuffle=True, **options)
+    train_loader: DataLoader[Any] = DataLoader(Pictures(train, transform), 64, shuffle=True, **options)
     test_loader: DataLoader[Any] = DataLoader(Pictures(test, transform), 1000, **options)
     model = big_net().to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     for _ in range(args.epochs):
         model.train()
-        for index, (data, target) in enumerate(loader):
-            data, target = data.to(device), target.to(device)
+        for step, (images, labels) in enumerate(train_loader):
+            images = images.to(device)
+            labels = labels.to(device)
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(data), target)
+            loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
-            if index % 10 == 0:
+            if step % 10 == 0:
                 loss.item()
         scheduler.step()
         model.eval()
         correct = 0
         with torch.no_grad():
-            for data, target in test_loader:
-                correct += int((model(data.to(device)).argmax(1) == target.to(device)).sum())
+            for images, labels in test_loader:
+                predictions = model(images.to(device)).argmax(dim=1)
+                correct += int((predictions == labels.to(device)).sum())
         print(100 * correct / len(test), flush=True)
         if 100 * correct >= args.until * len(test):
             return

@@ -1,9 +1,9 @@
-"""What two ranks do in one step, from the traces of `--profile`: for the pictures of the pages.
+"""Records what two ranks do in one step, from the traces of `--profile`, for the pictures in the pages.
 
     python benchmarks/timeline.py          # steps 02, 04 and 05: benchmarks/results/timeline-STEP.json
 
-Times are in milliseconds from where the first rank begins the step. A rank is `waiting` where it does nothing
-itself while one of its collectives is under way.
+Times are in milliseconds since the first rank began the step. A rank is `waiting` while it does nothing
+itself and one of its collectives is running.
 """
 
 import itertools
@@ -23,16 +23,16 @@ STEPS = {
     "04": ["--batch-size=64", "--accumulate=4"],
     "05": ["--batch-size=64"],
 }
-RECORDED = "ProfilerStep#8"  # the middle one of three
-GAP = 0.05  # milliseconds: what is shorter is no waiting
+RECORDED_STEP = "ProfilerStep#8"  # the middle one of three
+MIN_WAIT = 0.05  # milliseconds: a shorter gap is not waiting
 
 KINDS = ["forward", "backward", "optimizer", "collective", "vote", "waiting"]
-Span = tuple[float, float]  # from, until
-Part = tuple[str, float, float]  # what, from, until
+Span = tuple[float, float]  # begin and end
+Part = tuple[str, float, float]  # kind, begin and end
 
 
-def trace(step: str, flags: list[str]) -> list[list[dict[str, Any]]]:
-    """The events of each rank, whose `ts` and `dur` are microseconds on one clock."""
+def run_with_profiler(step: str, flags: list[str]) -> list[list[dict[str, Any]]]:
+    """Run a step: for each rank, its events. Their `ts` and `dur` are microseconds on a common clock."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, bench.script(step), f"--world-size={bench.RANKS}"]
         if step != "02":
@@ -40,70 +40,93 @@ def trace(step: str, flags: list[str]) -> list[list[dict[str, Any]]]:
         flags = [*flags, "--num-samples=8192", "--epochs=1", "--use-gpu=0"]
         flags += [f"--profile={folder}/p", f"--snapshot-dir={folder}/s"]
         bench.run([*launch, *flags], OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="5")
-        files = [json.loads(path.read_text()) for path in sorted(Path(folder, "p").iterdir())]
-    for file in files:
-        for event in file["traceEvents"]:
-            event["ts"] = event.get("ts", 0.0) + file.get("baseTimeNanoseconds", 0) / 1e3
-    return [[event for event in file["traceEvents"] if event.get("ph") == "X"] for file in files]
+        traces = [json.loads(path.read_text()) for path in sorted(Path(folder, "p").iterdir())]
+    ranks = []
+    for trace in traces:
+        events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]  # with a duration
+        for event in events:
+            event["ts"] = event.get("ts", 0.0) + trace.get("baseTimeNanoseconds", 0) / 1e3
+        ranks.append(events)
+    return ranks
 
 
-def joined(spans: list[Span]) -> list[Span]:
-    """Spans, in order, without overlaps."""
-    result: list[Span] = []
+def merge_overlaps(spans: list[Span]) -> list[Span]:
+    """The same spans in order, with overlapping ones merged into one."""
+    merged: list[Span] = []
     for begin, end in sorted(spans):
-        if result and begin <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        if merged and begin <= merged[-1][1]:
+            last_begin, last_end = merged[-1]
+            merged[-1] = (last_begin, max(end, last_end))
         else:
-            result.append((begin, end))
-    return result
+            merged.append((begin, end))
+    return merged
 
 
-def parts(events: list[dict[str, Any]], zero: float) -> list[Part]:
-    """What one rank does in the recorded step."""
-    [whole] = [event for event in events if event["name"] == RECORDED]
-    inside = [event for event in events if whole["ts"] <= event["ts"] < whole["ts"] + whole["dur"]]
+def parts_of_step(events: list[dict[str, Any]], zero: float) -> list[Part]:
+    """What one rank does in the recorded step. `zero` is the time that becomes 0, in microseconds."""
+    [step] = [event for event in events if event["name"] == RECORDED_STEP]
+    step_end = step["ts"] + step["dur"]
+    step_events = [event for event in events if step["ts"] <= event["ts"] < step_end]
 
     def spans(*names: str) -> list[Span]:
-        found = [event for event in inside if event["name"].startswith(names)]
-        return sorted(
-            ((event["ts"] - zero) / 1e3, (event["ts"] + event["dur"] - zero) / 1e3) for event in found
-        )
+        """The events whose name starts with one of these, in order, in milliseconds."""
+        found = []
+        for event in step_events:
+            if event["name"].startswith(names):
+                end = event["ts"] + event["dur"]
+                found.append(((event["ts"] - zero) / 1e3, (end - zero) / 1e3))
+        return sorted(found)
 
-    [(update, updated)], zeroed = spans("Optimizer.step"), spans("Optimizer.zero_grad")
-    found: list[Part] = [("optimizer", *span) for span in [*zeroed, (update, updated)]]
-    # A forward pass ends with the loss, and the first function of the backward pass comes behind it.
-    losses, backward = spans("aten::cross_entropy_loss"), spans("autograd::engine::evaluate_function")
-    before = zeroed[-1][1]
-    for (_, loss), (after, _) in zip(losses, [*losses[1:], (update, 0.0)], strict=True):
-        functions = [span for span in backward if loss <= span[0] < after]
-        begin = functions[0][0]
-        found += [("forward", before, begin), ("backward", begin, max(end for _, end in functions))]
-        before = found[-1][2]
+    zero_grads = spans("Optimizer.zero_grad")
+    [optimizer_step] = spans("Optimizer.step")
+    update_begin, _ = optimizer_step
+    parts: list[Part] = [("optimizer", *span) for span in [*zero_grads, optimizer_step]]
+    # A forward pass ends with the loss. Then the backward pass begins with its first function.
+    losses = spans("aten::cross_entropy_loss")
+    functions = spans("autograd::engine::evaluate_function")
+    next_begins = [begin for begin, _ in losses[1:]] + [update_begin]
+    _, forward_begin = zero_grads[-1]
+    for (_, loss_end), next_begin in zip(losses, next_begins, strict=True):
+        of_this_pass = [(begin, end) for begin, end in functions if loss_end <= begin < next_begin]
+        backward_begin, _ = of_this_pass[0]
+        backward_end = max(end for _, end in of_this_pass)
+        parts.append(("forward", forward_begin, backward_begin))
+        parts.append(("backward", backward_begin, backward_end))
+        forward_begin = backward_end
     # The all-reduces before the optimizer's step add up the targets, and then the gradients. The vote on
     # stopping begins after it, and may run in the next step.
-    issued = [begin for begin, _ in spans("c10d::allreduce_", "c10d::_reduce_scatter") if begin < update]
-    talks = spans("gloo:")
-    for begin, end in talks:
-        reduces = (begin, end) in spans("gloo:all_reduce", "gloo:reduce")
-        is_vote = reduces and not any(issue <= begin for issue in issued)
-        if reduces and not is_vote:
-            issued.pop(0)
-        found.append(("vote" if is_vote else "collective", begin, end))
-    busy = joined(spans("aten::", "Optimizer.", "fsdp::", "c10d::"))
-    gaps = [(end, begin) for (_, end), (begin, _) in itertools.pairwise(busy) if begin - end > GAP]
-    ours = [part[1:] for part in found if part[0] == "collective"]
-    waits = [gap for gap in gaps if any(begin < gap[1] and gap[0] < end for begin, end in ours)]
-    return sorted([*found, *(("waiting", *gap) for gap in waits)], key=lambda part: part[1])
+    calls = spans("c10d::allreduce_", "c10d::_reduce_scatter")
+    call_begins = [begin for begin, _ in calls if begin < update_begin]
+    reduces = spans("gloo:all_reduce", "gloo:reduce")
+    for begin, end in spans("gloo:"):
+        kind = "collective"
+        if (begin, end) in reduces:
+            if call_begins and call_begins[0] <= begin:
+                call_begins.pop(0)
+            else:
+                kind = "vote"
+        parts.append((kind, begin, end))
+    busy = merge_overlaps(spans("aten::", "Optimizer.", "fsdp::", "c10d::"))
+    collectives = [(begin, end) for kind, begin, end in parts if kind == "collective"]
+    for (_, gap_begin), (gap_end, _) in itertools.pairwise(busy):
+        overlaps = any(begin < gap_end and gap_begin < end for begin, end in collectives)
+        if overlaps and gap_end - gap_begin > MIN_WAIT:
+            parts.append(("waiting", gap_begin, gap_end))
+    return sorted(parts, key=lambda part: part[1])
 
 
 def timeline(step: str) -> dict[str, Any]:
-    """One step on two ranks."""
-    ranks = trace(step, STEPS[step])
-    zero = min(event["ts"] for events in ranks for event in events if event["name"] == RECORDED)
-    found = [[(kind, round(a, 3), round(b, 3)) for kind, a, b in parts(events, zero)] for events in ranks]
-    # A vote may end in the next step.
-    whole = max(end for rank in found for kind, _, end in rank if kind != "vote")
-    return {"machine": speedrun.machine(), "flags": STEPS[step], "milliseconds": whole, "ranks": found}
+    """Record one step on two ranks: the content of its timeline-STEP.json."""
+    events_of_ranks = run_with_profiler(step, STEPS[step])
+    all_events = itertools.chain.from_iterable(events_of_ranks)
+    zero = min(event["ts"] for event in all_events if event["name"] == RECORDED_STEP)
+    ranks = []
+    ends = []
+    for events in events_of_ranks:
+        parts = parts_of_step(events, zero)
+        ranks.append([(kind, round(begin, 3), round(end, 3)) for kind, begin, end in parts])
+        ends += [end for kind, _, end in ranks[-1] if kind != "vote"]  # a vote may end in the next step
+    return {"machine": speedrun.machine(), "flags": STEPS[step], "milliseconds": max(ends), "ranks": ranks}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from break_it import end_all
+from break_it import kill_tree
 from judging import ROOT, Verdict
 
 sys.path.insert(0, str(ROOT / "tests" / "harness"))
@@ -123,7 +123,7 @@ class Attempts:
             now = sum(path.stat().st_size for path in place.iterdir() if path.is_file())
             heard, size = (time.monotonic() if now != size else heard), now
             time.sleep(0.02)
-        end_all(process)  # torchrun's ranks are in groups of their own
+        kill_tree(process)  # torchrun's ranks are in groups of their own
         out, err = ((place / stream).read_text(errors="replace") for stream in ("out", "err"))
         run = read_run(name, place, out, err) if status == 0 and (place / "metrics.jsonl").exists() else None
         return Attempt(status, out, err, place, run)

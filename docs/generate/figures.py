@@ -54,7 +54,7 @@ def bench(begin: str) -> list[str]:
 def loops() -> list[str]:
     """The slowest and the fastest of our loops beside a bare one."""
     rows = results("intel-xeon-2-cores.json")["rows"]
-    ratios = [statistics.median(row["ratios"]) for row in rows if row["name"].endswith("the bare loop's")]
+    ratios = [statistics.median(row["ratios"]) for row in rows if row["name"].endswith("the bare loop")]
     return [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
 
 
@@ -181,13 +181,12 @@ FIGURES: list[Figures] = [
 ]
 
 
-PUBLISHED, SETTING = "published, the page says where", "a flag or a setting"
-ARITHMETIC, DEFAULT, GOAL, BY_HAND = (
-    "arithmetic",
-    "a default of torch's",
-    "a goal",
-    "measured by hand, without a record",
-)
+PUBLISHED = "published, the page says where"
+SETTING = "a flag or a setting"
+ARITHMETIC = "arithmetic"
+DEFAULT = "a default of torch's"
+GOAL = "a goal"
+BY_HAND = "measured by hand, without a record"
 KNOWN: dict[str, dict[str, str]] = {
     "README.md": {
         "the installation takes 80 s. It needs about 5 GB": BY_HAND,
@@ -296,9 +295,8 @@ def with_figures(page: Path, text: str) -> str:
         found = list(pattern.finditer(text))
         if len(found) != 1:
             raise ValueError(f"{name} has the sentence '{words}' {len(found)} times, not once")
-        place = found[0]
         for group, figure in reversed(list(enumerate(figures(), start=1))):
-            begin, end = place.span(group)
+            begin, end = found[0].span(group)
             text = text[:begin] + figure + text[end:]
     return text
 

@@ -104,7 +104,7 @@ def newest(host: Host) -> int:
     return int(found[0].stem.removeprefix("snapshot-")) if found else -1
 
 
-def wait_for_step(host: Host, step: int, seconds: float = 90) -> None:
+def wait_for_step(host: Host, step: int, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while newest(host) < step:
         assert time.monotonic() < end, f"{host.name} is at step {newest(host)} after {seconds} s, not {step}"

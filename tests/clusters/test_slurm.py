@@ -127,7 +127,7 @@ class Cluster:
         """Wait for a job's end; return what it printed, all files together."""
         try:
             self.wait_for(
-                lambda: self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", ""), f"job {job}", 120
+                lambda: self.state(job) in ("COMPLETED", "FAILED", "CANCELLED", ""), f"job {job}", 240
             )
         finally:
             files = sorted(self.project.glob(f"ddp-{job}*.out"))

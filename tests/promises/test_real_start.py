@@ -22,9 +22,11 @@ from helpers import (
     FOLDERS,
     GLOBAL_BATCH,
     ROOT,
+    children,
     command,
     errors,
     finish,
+    kill,
     largest_difference,
     last_saved,
     pause,
@@ -113,7 +115,13 @@ def test_threads_of_gloo(tmp_path, step, case, real):
         planted(tmp_path, "common/process_group.py", ('getattr(thing, "_pg_registry", {}).clear()', "pass"))
     planted(tmp_path, step, *edits)
     flags = ["--num-samples=128", "--epochs=1", "--use-gpu=0"]
-    _, out, err = finish(start([*command(step, 2, tmp_path), *flags], tmp_path, real))
+    process = start([*command(step, 2, tmp_path), *flags], tmp_path, real)
+    try:
+        process.wait_for("(?s)threads.*threads")
+        if case.startswith("with"):  # such a thread may keep its process from ending
+            kill([*children(process.pid), process.pid])
+    finally:
+        _, out, err = finish(process)
     lines = [line for line in out.splitlines() if line.startswith("threads")]
     print(f"step {step}, {case}: {lines}\n{err[-300:]}")
     assert lines

@@ -23,6 +23,7 @@ import torch
 from helpers import (
     FOLDERS,
     SHARDED,
+    after_a_step,
     command,
     environment,
     errors,
@@ -236,7 +237,8 @@ def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
     """With three ranks: three bars would overwrite each other."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    words = [*command("02", 3), "--num-samples=96", "--batch-size=8", "--epochs=2"]
+    root = planted(tmp_path / "root", "02", after_a_step("time.sleep(0.2)"))  # tqdm draws every 0.1 s
+    words = [*command("02", 3, root), "--num-samples=96", "--batch-size=8", "--epochs=2"]
     with open(os.devnull) as nothing, open(tmp_path / "err", "w") as err:
         job = forks.Job(words, tmp_path, environment(), [nothing.fileno(), end, err.fileno()])
     shown, until = b"", time.monotonic() + 120
@@ -252,7 +254,7 @@ def test_a_terminal_shows_one_bar_which_leaves_nothing_behind(tmp_path):
     for epoch in (1, 2):
         # It is drawn once more after the line that reports an epoch's steps.
         assert 1 <= text.count(f"epoch {epoch}/2:   0%|") <= 2
-    assert re.search(r"0/4 \[.* steps/s\]", text)
+    assert re.search(r"0/4 \[.* steps/s\]", text) and re.search(r"[23]/4 \[.* steps/s\]", text)
     lines = [line.rpartition("\r")[2] for line in text.strip().split("\r\n")]
     assert not [line for line in lines if "%|" in line]  # the lines that stay are messages
     assert re.fullmatch(r"done: 192 samples in [\d.]+ s of training, [\d,]+ samples/s", lines[-1])

@@ -1,5 +1,7 @@
 """How a process reacts to signals, without a training run around it."""
 
+import errno
+import os
 import signal
 import sys
 import time
@@ -8,7 +10,7 @@ import pytest
 from helpers import ROOT, errors, finish, start
 from torch.utils.data import DataLoader, Dataset
 
-from common.stopping import PROBLEM, GracefulStop, worker_has_died
+from common.stopping import PROBLEM, GracefulStop, start_workers, worker_has_died
 
 STUCK = f"""
 import sys, time
@@ -158,3 +160,18 @@ def test_a_process_waits_while_its_batch_is_made_and_not_while_it_trains(monkeyp
 )
 def test_which_errors_are_those_of_a_lost_worker(error, workers, died):
     assert worker_has_died(DataLoader(range(4), num_workers=workers), error) is died
+
+
+class NoMoreProcesses(DataLoader):
+    """A loader on a system that starts no more processes. For root, Linux has no such limit."""
+
+    def __iter__(self):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def test_workers_that_cannot_be_started_are_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        start_workers(NoMoreProcesses([1, 2], num_workers=2))
+    why = "Resource temporarily unavailable; use fewer"
+    line = f"error: cannot start the processes of --num-workers 2: {why}\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, line)

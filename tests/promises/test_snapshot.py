@@ -6,6 +6,7 @@ A save refuses anything that could not be loaded again.
 
 import dataclasses
 import errno
+import fcntl
 import os
 import pickle
 import platform
@@ -201,6 +202,30 @@ def test_a_disk_on_which_nothing_more_can_be_written_is_seen_before_training(tmp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"cannot write to {tmp_path}: File too large; {snapshot.REMEDY}" in line
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path, capsys):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        folder_of(tmp_path).lock(saves=True)
+    line = f"error: cannot write {tmp_path / '.lock'}: Is a directory; {snapshot.REMEDY}\n"
+    assert (ended.value.code, capsys.readouterr().err) == (2, line)
+
+
+def test_where_files_cannot_be_locked_a_run_says_so_and_starts(tmp_path, capsys, monkeypatch):
+    """As on a network file system without locks."""
+
+    asked = []
+
+    def refuse(*arguments):
+        assert not asked, "it asked again"
+        asked.append(arguments)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    folder_of(tmp_path).lock(saves=True)
+    advice = "do not start a second run in this folder"
+    assert capsys.readouterr().err == f"warning: cannot lock {tmp_path}/.lock: No locks available; {advice}\n"
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])

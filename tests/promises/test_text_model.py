@@ -60,7 +60,7 @@ def apply(root, *steps):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for step in steps:
         shutil.copy(WORKSHOP / "text_model.py", root / FOLDERS[step])
-        load(WORKSHOP / "break_it.py").apply(WORKSHOP / PATCHES[step][0], root)
+        load(WORKSHOP / "break_it.py").apply_patch(WORKSHOP / PATCHES[step][0], root)
     return root
 
 
