@@ -154,8 +154,17 @@ def disagreements(result: Result, tied_and_clipped: bool = False) -> list[str]:
     return [name for name, differs in found.items() if differs]
 
 
+# `make test` draws a case of each of these: of tensor parallelism, of gathered keys and values, of the ring.
+DRAWN = [
+    pytest.param("tensor", marks=pytest.mark.few(1, "tensor parallelism")),
+    pytest.param("tensor-library", marks=pytest.mark.few(1, "tensor parallelism")),
+    pytest.param("context", marks=pytest.mark.few(1, "context parallelism")),
+    pytest.param("context-ring", marks=pytest.mark.few(1, "the ring")),
+]
+
+
 @pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["plain", "tied-and-clipped"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", DRAWN)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_ranks_end_where_one_process_ends(run, ranks, way, flags):
     """Also with tied weights, and with a norm that has parts of shards and of whole parameters."""
@@ -172,19 +181,20 @@ def test_the_norm_is_clipped_in_every_step():
     assert len(norms) == 22 and min(norms) > CLIP_NORM
 
 
-def bytes_of_a_rank(ranks: int, tied: bool) -> tuple[int, int]:
-    """What a rank holds of the parameters, and what one process holds, in float64."""
-    per_block_divided = 4 * WIDTH * WIDTH + 3 * WIDTH  # query, key, value and output, and three biases
-    per_block_divided += 8 * WIDTH * WIDTH + 4 * WIDTH  # up, its bias, and down
-    per_block_whole = 2 * WIDTH + 4 * WIDTH  # the biases after the sums, and two norms
-    rest = 256 * WIDTH + 64 * WIDTH + 2 * WIDTH  # characters, positions, and the last norm
-    rest += 0 if tied else 256 * WIDTH
-    whole = DEPTH * (per_block_divided + per_block_whole) + rest
-    rank = DEPTH * (per_block_divided // ranks + per_block_whole) + rest
+def numbers_of_a_rank(ranks: int, tied: bool, width: int, depth: int) -> tuple[int, int]:
+    """How many numbers the parameters have that a rank holds, and those of one process."""
+    per_block_divided = 4 * width * width + 3 * width  # query, key, value and output, and three biases
+    per_block_divided += 8 * width * width + 4 * width  # up, its bias, and down
+    per_block_whole = 2 * width + 4 * width  # the biases after the sums, and two norms
+    rest = 256 * width + 64 * width + 2 * width  # characters, positions, and the last norm
+    rest += 0 if tied else 256 * width
+    whole = depth * (per_block_divided + per_block_whole) + rest
+    rank = depth * (per_block_divided // ranks + per_block_whole) + rest
     assert per_block_divided % ranks == 0
-    return 8 * rank, 8 * whole
+    return rank, whole
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("flags", [[], TIED_AND_CLIPPED], ids=["plain", "tied-and-clipped"])
 @pytest.mark.parametrize("way", ["tensor", "tensor-library"])
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -193,11 +203,25 @@ def test_each_rank_holds_its_part_of_every_block(run, ranks, way, flags):
     script, own_flags = WAYS[way]
     result = run(script, ranks, *own_flags, *flags)
     [memory] = [event for event in result.events if event["event"] == "memory"]
-    rank, whole = bytes_of_a_rank(ranks, tied=bool(flags))
+    numbers = numbers_of_a_rank(ranks, bool(flags), WIDTH, DEPTH)
+    rank, whole = (8 * count for count in numbers)  # float64
     print(memory, rank, whole)
     assert memory["ranks"] == [[rank, rank, 2 * rank]] * ranks
     assert memory["whole"] == [whole, whole, 2 * whole]
     assert whole == sum(parameter.nbytes for parameter in build(bool(flags)).parameters())
+
+
+def test_the_bytes_on_the_page_are_those_of_the_formula():
+    """For the flags that the page's command leaves as they are: in float32, width 64, four blocks."""
+    page = (ROOT / "beyond" / "README.md").read_text()
+    numbers = numbers_of_a_rank(2, tied=False, width=64, depth=4)
+    expected = []
+    for name, count in zip(("rank 0", "rank 1", "one process"), (numbers[0], *numbers), strict=True):
+        megabytes = 4 * count / 1e6
+        expected.append((name, *(f"{factor * megabytes:.2f}" for factor in (1, 1, 2))))
+    found = re.findall(r"^(rank \d|one process) +([\d.]+) MB +([\d.]+) MB +([\d.]+) MB$", page, re.M)
+    print(found, expected)
+    assert found == expected
 
 
 FORWARD = "total = partial.clone(memory_format=torch.contiguous_format)\n"
@@ -371,7 +395,8 @@ BUGS = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(tmp_path, bug):
     script, flags, file, edit, found = BUGS[bug]
@@ -410,6 +435,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_divided_attention_is_attention(tmp_path, ranks):
     """Also with 3 ranks, by which the texts of the scripts cannot be divided: outputs and gradients."""
@@ -495,6 +521,7 @@ WRONG = {
 
 
 @pytest.mark.few(2)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_cannot_be_is_said_in_one_line(tmp_path, wrong):
     (tmp_path / "file").touch()
