@@ -517,6 +517,7 @@ WRONG = {
     "a folder as a file": (TENSOR, 2, ["--output=folder"], "folder is a folder: --output is the name of a"),
     "no text": (CONTEXT, 2, ["--data-dir=nowhere"], "cannot read nowhere: No such file or directory; point"),
     "few pieces": (TENSOR, 2, ["--num-samples=7"], "a step takes 8 samples, sums-7 has 7: lower --batch-"),
+    "no finite loss": (CONTEXT, 2, ["--lr=1e300"], "the loss is nan by step 11: nothing more is saved; try"),
 }
 
 
@@ -533,4 +534,5 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, wrong):
     assert err.count("Traceback") == 1  # torchrun's own
     [line] = errors(err)
     assert line.startswith(f"error: {message}")
+    assert "snapshot" not in line  # there are none, so no advice is about them
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
