@@ -13,8 +13,9 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.output import print_line
 
@@ -101,11 +102,13 @@ def positive_float(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number above 0, not '{text}'")
 
 
-def make_parser(script: str, description: str, launcher: str = "") -> OneLineParser:
+def make_parser(
+    script: str, description: str, launcher: str = "", without: Collection[str] = ()
+) -> OneLineParser:
     """The flags that the steps share, for a train.py's `__file__` and docstring.
 
     With a `launcher`, `spawn` or `torchrun`, also those of a script with several ranks. `fail`s if that is
-    torchrun and has not started this process.
+    torchrun and has not started this process. Flags in `without`, such as `--model`, are left out.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -121,7 +124,11 @@ def make_parser(script: str, description: str, launcher: str = "") -> OneLinePar
     width = functools.partial(whole_number, low=64, high=2**14, step=64)
     workers = functools.partial(whole_number, low=0, high=1024)
     sample_count = functools.partial(whole_number, high=10**7)  # 8 GB of pixels
-    add = parser.add_argument
+
+    def add(name: str, **settings: Any) -> None:
+        if name not in without:
+            parser.add_argument(name, **settings)
+
     add("--epochs", type=whole_number, default=3, metavar="N", help="in total, resumed runs included (3)")
     add("--batch-size", type=whole_number, default=64, metavar="N", help="per process (64)")
     add("--eval-batch-size", type=whole_number, default=1000, metavar="N", help="the same, for tests (1000)")

@@ -46,6 +46,8 @@ def rendezvous() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         fail(f"the ranks did not find each other: {reason}; is the port free, and has every rank started?")
     except RuntimeError as error:
+        if is_lost_connection(error):  # a rank that was faster has found a mistake in a flag
+            fail("another rank ended while this one connected to it: the first error says why")
         # The old NCCL backend raises DistBackendError, and `nccl2`, the default from torch 2.15 on, a plain
         # RuntimeError. The last line has the cause, and the others NCCL's own places.
         if not isinstance(error, dist.DistBackendError) and "NCCL" not in str(error):

@@ -55,17 +55,26 @@ class Reporter:
         self.open_files(metrics)
 
     def start(
-        self, data: Any, epochs: int, batch_size: int, flags: dict[str, Any], accumulate: int = 1
+        self,
+        data: Any,
+        epochs: int,
+        batch_size: int,
+        flags: dict[str, Any],
+        accumulate: int = 1,
+        data_parallel_size: int | None = None,
     ) -> None:
         """Announce a run of `epochs` over the dataset `data`, whose `fallback`, if any, is said at the end.
 
-        A step takes `accumulate` batches of `batch_size` on each rank. `flags` go to the metrics file.
+        A step takes `accumulate` batches of `batch_size` on each rank. Where several ranks have the same
+        batch, `data_parallel_size` is the number of different batches. `flags` go to the metrics file.
         `fail`s when there are fewer samples than a step takes.
         """
+        data_parallel_size = data_parallel_size or self.world_size
         self.epochs = epochs
         self.caveat = getattr(data, "fallback", "")
-        self.save_every = flags["save_every"]
-        self.samples_per_step = batch_size * accumulate * self.world_size
+        self.has_snapshots = "snapshot_dir" in flags
+        self.save_every = flags.get("save_every")
+        self.samples_per_step = batch_size * accumulate * data_parallel_size
         self.samples_per_epoch = len(data)
         self.steps_per_epoch = self.samples_per_epoch // self.samples_per_step
         if self.steps_per_epoch == 0:
@@ -77,7 +86,7 @@ class Reporter:
         run = self.run
         self.say(
             f"{run.step}: {run.model} on {run.data}, {self.device.type}, {run.precision}, "
-            f"{self.world_size} × {batches} = {self.samples_per_step} samples a step, "
+            f"{data_parallel_size} × {batches} = {self.samples_per_step} samples a step, "
             f"{epochs} epochs of {self.steps_per_epoch} steps"
         )
         local_rank = os.environ.get("LOCAL_RANK", 0)
@@ -202,7 +211,9 @@ class Reporter:
         self.seconds += seconds
         loss = sum(losses) / len(losses)
         if not math.isfinite(loss):
-            remedy = "try a smaller --lr, and another --snapshot-dir if it happens again"
+            remedy = "try a smaller --lr"
+            if self.has_snapshots:
+                remedy += ", and another --snapshot-dir if it happens again"
             fail(f"the loss is {loss} by step {global_step}: nothing more is saved; {remedy}")
         rate = round(samples / seconds)
         self.say(f"epoch {epoch + 1}/{self.epochs}  step {global_step}  loss {loss:.4f}  {rate:,} samples/s")
@@ -220,7 +231,9 @@ class Reporter:
         loss = loss_sum / total
         accuracy = correct / total
         if not math.isfinite(loss):
-            remedy = "try a smaller --lr, and another --snapshot-dir: the newest snapshot has these weights"
+            remedy = "try a smaller --lr"
+            if self.has_snapshots:
+                remedy += ", and another --snapshot-dir: the newest snapshot has these weights"
             fail(f"the test loss is {loss} after step {global_step}; {remedy}")
         self.say(
             f"epoch {epochs}/{self.epochs}  test loss {loss:.4f}, "

@@ -61,14 +61,21 @@ def read_facts(card: Path) -> dict[str, Any]:
 
 
 def copy_project(destination: Path, card: Path) -> None:
-    """Copy what the commands need: the steps, `common`, the launcher, and the scripts of the card."""
-    for folder in [ROOT / "common", *ROOT.glob("0[1-9]_*")]:
+    """Copy what the commands need: the steps, `common`, the launcher, and the scripts of the card.
+
+    Steps that train on a text also need the folder `beyond`, which has the text and its model.
+    """
+    text_steps = read_facts(card).get("text", {})
+    folders = [ROOT / "common", *ROOT.glob("0[1-9]_*")]
+    if text_steps:
+        folders.append(ROOT / "beyond")
+    for folder in folders:
         shutil.copytree(folder, destination / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     launcher = ROOT / "launch_multinode.sh"
     hosts = ROOT / "tests" / "harness" / "hosts.py"
     for file in [launcher, hosts, *card.parent.glob("*.py"), *card.glob("*.py")]:
         shutil.copy(file, destination)
-    for step, patch in read_facts(card).get("text", {}).items():
+    for step, patch in text_steps.items():
         shutil.copy(HERE / "text_model.py", destination / step)
         apply_patch(HERE / patch, destination)
 

@@ -2,9 +2,10 @@
 
     python workshop/export.py 03 DIR     DIR is new, or empty
 
-DIR gets train.py and the files beside it, the modules of `common` that they import, a README, the license,
-requirements.txt, and a test. Nothing in it refers to a file that is not there. Exit status: 0 when DIR is
-there, 2 when the arguments are wrong or DIR cannot be written. After an error, DIR is as it was before.
+DIR gets train.py and the files beside it, the modules of `common` and `beyond` that they import, a README,
+the license, requirements.txt, and a test. Nothing in it refers to a file that is not there. Exit status: 0
+when DIR is there, 2 when the arguments are wrong or DIR cannot be written. After an error, DIR is as it was
+before.
 """
 
 import argparse
@@ -90,13 +91,13 @@ def requirements() -> str:
 
 
 def modules(scripts: list[Path]) -> list[Path]:
-    """The files of `common` that these scripts import, and those that they import in turn."""
+    """The files of `common` and `beyond` that these scripts import, and those that they import in turn."""
     found = [ROOT / "common" / "__init__.py"]
     unread = list(scripts)
     while unread:
         text = unread.pop().read_text()
-        for name in re.findall(r"^\s*from common(?:\.| import )(\w+)", text, re.MULTILINE):
-            path = ROOT / "common" / f"{name}.py"
+        for folder, name in re.findall(r"^\s*from (common|beyond)(?:\.| import )(\w+)", text, re.MULTILINE):
+            path = ROOT / folder / f"{name}.py"
             if path not in found:
                 found.append(path)
                 unread.append(path)
@@ -112,7 +113,7 @@ def copied(step: str) -> dict[str, Path]:
         beside.append(ROOT / "launch_multinode.sh")
     files = {path.name: path for path in beside}
     for path in modules([path for path in beside if path.suffix == ".py"]):
-        files[f"common/{path.name}"] = path
+        files[f"{path.parent.name}/{path.name}"] = path
     return files
 
 

@@ -30,6 +30,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(ROOT / folder / "README.md" for folder in FOLDERS.values()),
     ROOT / FOLDERS["05"] / "REFERENCE.md",
+    ROOT / "beyond" / "README.md",
     *sorted((ROOT / "docs" / "reference").glob("*.md")),
 ]
 MARKED = re.compile(

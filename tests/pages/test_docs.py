@@ -25,6 +25,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(ROOT / name / "README.md" for name in FOLDERS.values()),
     ROOT / FOLDERS["05"] / "REFERENCE.md",
+    ROOT / "beyond" / "README.md",
     *(ROOT / "docs" / "reference" / f"{name}.md" for name in ("gpus", "promises")),
 ]
 STEPS = list(FOLDERS)
@@ -49,7 +50,8 @@ SKIPPED = [*BY_HAND, *MAKE, *SLURM]
 
 def quicker(line):
     """A command with less to train. A page that has 10240 has it in all commands with the same folder."""
-    if "train.py" in line and "--num-samples" not in line and not line.startswith("diff"):
+    trains = "train.py" in line or "_parallel.py" in line
+    if trains and "--num-samples" not in line and not line.startswith("diff"):
         return f"{line} --num-samples 2048 --epochs 1"  # not all of MNIST: `make train` does that
     return line.replace("--num-samples 10240", "--num-samples 2560").replace("20480", "1920")
 
@@ -86,6 +88,13 @@ def complaints(line, status, out, folder, resumed):
         wanted[f"epoch {epochs} of {epochs}"] = f"epoch {epochs}/{epochs}  test loss" in out
         wanted["its end"] = re.search(r"done: [\d,]+ samples in [\d.]+ s of training", out)
         wanted["a resume, or none"] = ("resumed from" in out) == resumed
+    elif script := re.search(r"beyond/(\w+)\.py", line):
+        samples, epochs = int(flag(line, "num-samples", 0)), int(flag(line, "epochs", 3))
+        start = f"{script[1]}: decoder-64x4 on sums-{samples}, cpu, float32, 1 × batch 64 = 64 samples a step"
+        wanted[f"the start of {script[1]}"] = start in out
+        wanted["an accuracy"] = "accuracy" in out
+        wanted[f"epoch {epochs} of {epochs}"] = f"epoch {epochs}/{epochs}  test loss" in out
+        wanted["its end"] = re.search(r"done: [\d,]+ samples in [\d.]+ s of training", out)
     elif line.startswith("./launch_multinode.sh"):
         wanted["a command for each node"] = out.count("--node-rank=") == 2
         [quoted] = [each for each in fences(ROOT / FOLDERS["04"] / "README.md", "text") if "# --- on" in each]
@@ -103,7 +112,7 @@ def complaints(line, status, out, folder, resumed):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run_as_written(tmp_path, page):
     """One after another, in a copy of the files that they need. Each must do what it is there for."""
-    for name in ["common", "compare_steps.py", "launch_multinode.sh", *FOLDERS.values()]:
+    for name in ["common", "beyond", "compare_steps.py", "launch_multinode.sh", *FOLDERS.values()]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -180,6 +180,7 @@ def test_the_vote_gives_up_before_the_group_does(seconds):
 
 
 BACKEND = "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nncclUnhandledCudaError\nno device"
+CLOSED = "Gloo connectFullMesh failed with [pair.cc:561] Connection closed by peer [127.0.0.1]:48310."
 NEW = "Failed to initialize NCCL communicator for 2 ranks\nno device"  # from torch 2.15's backend, nccl2
 
 
@@ -192,6 +193,7 @@ def test_what_stops_the_start_is_told_by_its_own_name(capsys):
         (RuntimeError(NEW), f"{silent}: no device; NCCL_DEBUG=INFO shows"),
         (dist.DistNetworkError("in use\nmore"), f"{apart}: in use; is the port free, and has every rank"),
         (dist.DistStoreError("late\nmore"), f"{apart}: late; is the port free, and has every rank"),
+        (RuntimeError(CLOSED), "another rank ended while this one connected to it: the first error says why"),
     ):
         with pytest.raises(SystemExit), rendezvous():
             raise error

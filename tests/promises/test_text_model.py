@@ -26,6 +26,9 @@ from helpers import (
 )
 from torch.utils.data import DistributedSampler
 
+from beyond.decoder import Block, Decoder
+from beyond.text import IGNORED, LENGTH, Text, cut, in_words, load_text
+from beyond.text import PIECES as DEFAULT_PIECES
 from common.snapshot import snapshots, step_of
 from workshop import text_model
 
@@ -52,8 +55,8 @@ GROWN = [
 
 
 def apply(root, *steps):
-    """Copy the steps and `common` to `root`, and apply the patches there, as text_model.py says."""
-    for folder in ("common", *(FOLDERS[step] for step in steps)):
+    """Copy the steps, `common` and `beyond` to `root`, and apply the patches there, as text_model.py says."""
+    for folder in ("common", "beyond", *(FOLDERS[step] for step in steps)):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for step in steps:
         shutil.copy(WORKSHOP / "text_model.py", root / FOLDERS[step])
@@ -134,15 +137,15 @@ def test_on_a_text_too_every_step_ends_where_step_01_ends(proof, step, ranks, ac
     """Even though the ranks of a step, and the batches of a rank, have different numbers of characters."""
     run, reference = proof(step, ranks, accumulate), proof("01")
     assert len(run.losses) == 106
-    _, labels = text_model.load_text(None, PIECES)[1].tensors
-    assert run.test["total"] == (labels != text_model.IGNORED).sum()  # one answer for each character
+    _, labels = load_text(None, PIECES)[1].tensors
+    assert run.test["total"] == (labels != IGNORED).sum()  # one answer for each character
     assert disagreements(run, reference) == []
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_have_different_numbers_of_characters(ranks):
     """In nearly all steps of the runs above: otherwise, these runs would prove little."""
-    data, _ = text_model.load_text(None, PIECES)
+    data, _ = load_text(None, PIECES)
     lengths = torch.tensor([len(piece) for piece in data.pieces])
     shares = []
     for rank in range(ranks):
@@ -178,8 +181,8 @@ def test_it_learns_more_than_which_character_is_most_common(proof):
     """On a text of sums that are not in the training text."""
     run = proof("01")
     accuracies = [event["accuracy"] for event in run.events if event["event"] == "eval"]
-    _, labels = text_model.load_text(None, PIECES)[1].tensors
-    labels = labels[labels != text_model.IGNORED]
+    _, labels = load_text(None, PIECES)[1].tensors
+    labels = labels[labels != IGNORED]
     guessing = labels.unique(return_counts=True)[1].max().item() / labels.numel()
     print(f"accuracy after each epoch {accuracies}, of the most common character {guessing:.4f} (twice that)")
     assert 2 * guessing < accuracies[0] < accuracies[1]
@@ -190,9 +193,9 @@ def test_it_learns_more_than_which_character_is_most_common(proof):
 def test_no_guess_knows_what_follows():
     """When all characters after it change, a guess stays the same; the guesses after it do not."""
     torch.manual_seed(0)
-    model = text_model.Decoder(width=64, depth=2).double()
-    text, other = torch.randint(256, (2, 3, text_model.LENGTH))
-    for known in (1, 20, text_model.LENGTH - 1):
+    model = Decoder(width=64, depth=2, heads=4).double()
+    text, other = torch.randint(256, (2, 3, LENGTH))
+    for known in (1, 20, LENGTH - 1):
         mixed = torch.cat([text[:, :known], other[:, known:]], dim=1)
         off = (model(text) - model(mixed)).abs().amax(dim=(0, 2))
         print(
@@ -204,42 +207,42 @@ def test_no_guess_knows_what_follows():
 def test_each_character_is_guessed_once():
     """From the ones before it in its piece; the first one, from the last one of the previous piece."""
     text = b"one\n\n" + bytes(range(32, 232)) + b"\nthe end"
-    pieces = text_model.cut(text)
+    pieces = cut(text)
     assert b"".join(pieces) == text
     assert [len(piece) for piece in pieces] == [4, 1, 64, 64, 64, 9, 7]
-    data = text_model.Text(pieces, "some")
+    data = Text(pieces, "some")
     texts, labels = data.tensors
     print(texts.shape, texts.dtype, labels.dtype)
-    counted = labels != text_model.IGNORED
+    counted = labels != IGNORED
     assert counted.sum(dim=1).tolist() == [len(piece) for piece in pieces]
     assert bytes(labels[counted].tolist()) == text
     assert bytes(texts[counted].tolist()) == b"\n" + text[:-1]
-    assert data.checksum() != text_model.Text(pieces[::-1], "some").checksum()
-    assert data.checksum() != text_model.Text(pieces, "other").checksum()
+    assert data.checksum() != Text(pieces[::-1], "some").checksum()
+    assert data.checksum() != Text(pieces, "other").checksum()
 
 
 def test_padding_changes_no_guess():
     """A padded piece gets the same logits as without its padding."""
     torch.manual_seed(0)
-    model = text_model.Decoder(width=64, depth=2).double()
-    texts, _ = text_model.Text([b"one and one is two\n"], "some").tensors
+    model = Decoder(width=64, depth=2, heads=4).double()
+    texts, _ = Text([b"one and one is two\n"], "some").tensors
     difference = (model(texts)[:, :19] - model(texts[:, :19])).abs().max().item()
     print(f"{difference:.1e}")
     assert difference < 1e-12
 
 
 def test_the_sums_are_right_and_the_tested_ones_are_new():
-    train_data, test_data = text_model.load_text(None, 2000)
+    train_data, test_data = load_text(None, 2000)
     assert (len(train_data), len(test_data)) == (2000, 333)
     assert train_data.name == "sums-2000"
-    assert text_model.load_text(None)[0].name == f"sums-{text_model.PIECES}"
-    numbers = {text_model.in_words(number): number for number in range(100)}
+    assert load_text(None)[0].name == f"sums-{DEFAULT_PIECES}"
+    numbers = {in_words(number): number for number in range(100)}
     assert len(numbers) == 100 and numbers["seventeen"] == 17 and numbers["forty-two"] == 42
     seen = [set(), set()]
     for found, data in zip(seen, (train_data, test_data), strict=True):
         for piece in data.pieces:
             line = piece.decode()
-            assert line.endswith("\n") and len(piece) <= text_model.LENGTH
+            assert line.endswith("\n") and len(piece) <= LENGTH
             a, b, total = (numbers[word] for word in re.split(" and | is ", line.strip()))
             assert a + b == total, line
             found.add((a, b))
@@ -252,20 +255,20 @@ def test_your_own_text_is_what_is_in_the_folder(tmp_path):
     (tmp_path / "b.txt").write_text("Größe " * 200)
     (tmp_path / "a.md").write_text("small\n" * 200)
     (tmp_path / "c.py").write_text("none of it")
-    pieces = text_model.cut(("small\n" * 200 + "\n" + "Größe " * 200).encode())
+    pieces = cut(("small\n" * 200 + "\n" + "Größe " * 200).encode())
     assert len(pieces) == 200 + 1 + 200 * 8 // 64  # the ö and the ß are two bytes each
-    train_data, test_data = text_model.load_text(tmp_path)
+    train_data, test_data = load_text(tmp_path)
     print(train_data.name, len(train_data), len(test_data))
     assert len(test_data) == len(train_data) // 6
     assert train_data.pieces + test_data.pieces == pieces[: len(train_data) + len(test_data)]
     assert len(pieces) - len(train_data) - len(test_data) <= 1
-    fewer, _ = text_model.load_text(tmp_path, 7)
+    fewer, _ = load_text(tmp_path, 7)
     assert fewer.pieces == pieces[:7]
     # Another text is another run, and other data for check_ranks_agree.
     (tmp_path / "a.md").write_text("smelt\n" * 200)
-    again, _ = text_model.load_text(tmp_path)
+    again, _ = load_text(tmp_path)
     assert again.name != train_data.name and again.checksum() != train_data.checksum()
-    assert text_model.load_text(None, 9)[0].checksum() == text_model.load_text(None, 9)[0].checksum()
+    assert load_text(None, 9)[0].checksum() == load_text(None, 9)[0].checksum()
 
 
 WRONG = {
@@ -324,7 +327,7 @@ def test_step_05s_units_are_the_blocks(proof):
     """So at most the whole model without one block is gathered at a time."""
     memory = [event for event in proof("05", 2).events if event["event"] == "memory"][-1]
     gathered, whole = memory["ranks"][0][3], memory["ddp"][0]
-    block = sum(weight.nbytes for weight in text_model.Block(64).double().parameters())
+    block = sum(weight.nbytes for weight in Block(width=64, heads=4).double().parameters())
     print(f"gathered at most {gathered:,} bytes of {whole:,}; a block has {block:,}")
     assert gathered == whole - block
 
@@ -347,7 +350,7 @@ def test_ranks_with_other_texts_are_told(tmp_path):
 @pytest.mark.slow
 def test_the_commands_run_as_written(tmp_path):
     """The commands of text_model.py's docstring, which are also the page's, and the way back."""
-    for name in ("common", "workshop", FOLDERS["03"]):
+    for name in ("common", "beyond", "workshop", FOLDERS["03"]):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     lines = re.findall(r"^    (\S.*)$", text_model.__doc__, re.M)
     assert [shlex.split(line)[0] for line in lines] == ["cp", "git", "torchrun"]
