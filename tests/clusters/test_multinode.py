@@ -82,7 +82,7 @@ def pausing(net: Network, folder: Path) -> tuple[Path, Path]:
     return root, go
 
 
-def ended(host: Host, process: subprocess.Popen[str], timeout: int = 120) -> tuple[int, str]:
+def ended(host: Host, process: subprocess.Popen[str], timeout: int = 300) -> tuple[int, str]:
     """Wait for a host's command; return its status and output."""
     try:
         out, _ = process.communicate(timeout=timeout)

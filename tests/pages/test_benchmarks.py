@@ -20,7 +20,8 @@ RECORDS = [json.loads(line) for line in (ROOT / "benchmarks/results/speedrun.jso
 def test_the_speed_run_is_what_it_was(mnist_dir, tmp_path):
     """With one seed. The recorded accuracy is the mean of 30."""
     words = [sys.executable, str(ROOT / "benchmarks" / "speedrun.py"), "--seeds=1", "--ranks=2"]
-    status, out, err = finish(start([*words, f"--data-dir={mnist_dir}"], tmp_path, OMP_NUM_THREADS="1"))
+    process = start([*words, f"--data-dir={mnist_dir}"], tmp_path, OMP_NUM_THREADS="1")
+    status, out, err = finish(process, 300)
     print(out, err)
     assert status == 0
     result = json.loads(out.splitlines()[-1])

@@ -320,7 +320,8 @@ def reporter(tmp_path, monkeypatch):
     """The reporter of a run of two epochs, with metrics in `m`."""
     monkeypatch.setattr(GracefulStop, "problem", "")
     report = Reporter(Run("01", "cnn", "noise", "float32", 0), torch.device("cpu"), tmp_path / "m")
-    report.start(range(10), epochs=2, batch_size=5, flags={"save_every": None})
+    flags = {"save_every": None, "snapshot_dir": None}
+    report.start(range(10), epochs=2, batch_size=5, flags=flags)
     return report
 
 
