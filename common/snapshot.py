@@ -213,7 +213,10 @@ class SnapshotFolder:
             write(path, {**state, **self.identity, "flags": self.run.settings()})
             delete_old(self.path)
         except OSError as error:
-            fail(f"cannot write {path}: {error.strerror}; {REMEDY}")
+            remedy = REMEDY
+            if isinstance(error, FileNotFoundError) and self.path.is_dir():
+                remedy = "another rank writes this file, too: only one rank may save"
+            fail(f"cannot write {path}: {error.strerror}; {remedy}")
         except TypeError as error:
             fail(f"cannot write {path}: {error}")
         if self.verbose:

@@ -60,15 +60,25 @@ def exercises() -> dict[str, Path]:
 def text_of(exercise: Path, which: str) -> str:
     """The text of start.py or solution.py. For a whole script, that is a step's script, as in mine/."""
     facts = about(exercise)
-    if which not in facts:
-        return (exercise / f"{which}.py").read_text()
-    text = (HERE.parent / facts[which] / "train.py").read_text()
+    if which in facts:
+        return script_of(facts[which], facts)
+    return (exercise / f"{which}.py").read_text()
+
+
+def script_of(step: str, facts: dict[str, Any]) -> str:
+    """A step's script as it would be in mine/, with the variation of an exercise.
+
+    The variation is what no page shows: without it, an answer could be copied from the pages.
+    """
+    text = (HERE.parent / step / "train.py").read_text()
     here = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
-    assert text.count(here) == 1
     # Both steps' folders: the script imports modules of the first one, and may import some of the second.
     names = f'("", "{facts["solution"]}", "{facts["start"]}")'
     folders = f"(Path(__file__).resolve().parents[2] / name for name in {names})"
-    return text.replace(here, f"sys.path[:0] = map(str, {folders})")
+    for old, new in [[here, f"sys.path[:0] = map(str, {folders})"], *facts["variation"]]:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
 
 
 def about(exercise: Path) -> dict[str, Any]:

@@ -458,7 +458,7 @@ def damage(raw: Path) -> dict[str, str]:
 
 
 def mnist(data_dir: Path) -> Finding:
-    """MNIST is here, or one of torchvision's mirrors has it."""
+    """MNIST is here, or one of torchvision's mirrors has it. Without it, only some things do not work."""
     raw = data_dir / "MNIST" / "raw"
     problems = damage(raw)
     if not problems:
@@ -475,7 +475,7 @@ def mnist(data_dir: Path) -> Finding:
         if not why:
             return "green", f"not in {data_dir} yet; the first run downloads it", ""
     copy = f"mkdir -p {quoted(data_dir)} && cp -r /where/there/is/a/copy/of/MNIST {quoted(data_dir)}/"
-    return "red", f"not in {data_dir}, and no mirror answers ({why})", copy
+    return "yellow", f"not in {data_dir}, and no mirror answers ({why})", copy
 
 
 def disk() -> Finding:
@@ -549,11 +549,13 @@ def checks(data_dir: Path) -> dict[str, Callable[[], Finding]]:
 def examine(data_dir: Path, only: list[str], as_json: bool) -> int:
     """Run the checks, print what they find, and return the exit status."""
     results = []
+    colors = {}
     count = {"green": 0, "yellow": 0, "red": 0}
     for name, check in checks(data_dir).items():
         if only and name not in only:
             continue
         color, found, fix = check()
+        colors[name] = color
         count[color] += 1
         results.append({"check": name, "status": color, "found": found, "fix": fix})
         if not as_json:
@@ -563,9 +565,18 @@ def examine(data_dir: Path, only: list[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps({"ok": not count["red"], **count, "checks": results}, indent=1))
     else:
-        ready = "This machine is not ready." if count["red"] else "This machine is ready."
-        print(f"\n{', '.join(f'{number} {color}' for color, number in count.items())}. {ready}")
+        counted = ", ".join(f"{number} {color}" for color, number in count.items())
+        print(f"\n{counted}. {verdict(colors)}")
     return 1 if count["red"] else 0
+
+
+def verdict(colors: dict[str, str]) -> str:
+    """Return what the machine is ready for, as a sentence."""
+    if "red" in colors.values():
+        return "This machine is not ready."
+    if colors.get("mnist") == "yellow":
+        return "This machine is ready, but not for MNIST: use --num-samples, which needs no download."
+    return "This machine is ready."
 
 
 def painted(color: str) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from break_it import descendants, kill_tree
+from check import script_of
 from judging import ROOT, JudgeError, Verdict, activity, place_in
 
 sys.path.insert(0, str(ROOT / "tests" / "harness"))
@@ -43,6 +44,8 @@ SILENCE = 8  # a run hangs if for so many seconds no process computes, and nothi
 COMPUTING = 120  # or if it writes nothing in so many CPU seconds
 SAMPLE = 0.5  # seconds between two looks at what the processes do
 RESUMED = "2 ranks, resumed"
+# The error of a script that is still the step before: it does not know a flag, or torchrun has started it.
+NOT_BEGUN = "unrecognized arguments|this script is not for torchrun"
 
 
 @dataclass
@@ -242,14 +245,17 @@ def children_of(pid: int) -> list[int]:
     return sorted(children)
 
 
-def judge_script(step: str, todo: str, file: Path, *extras: Extra) -> Verdict:
-    """Judge a learner's script that is to become step `step`; `todo` says where to begin."""
+def judge_script(facts: dict[str, Any], file: Path, *extras: Extra) -> Verdict:
+    """Judge a learner's script that is to become the step in `facts`, which are in exercise.toml."""
+    step = facts["step"]
+    todo = facts["todo"]
     with tempfile.TemporaryDirectory(prefix="judging-") as name:
         script = Script(step, file, Path(name))
-        reference_script = str(ROOT / FOLDERS["01"] / "train.py")
+        reference_script = script.path.with_name("step_01.py")
+        reference_script.write_text(script_of(FOLDERS["01"], facts))
         batch = {ranks: f"--batch-size={GLOBAL_BATCH // ranks}" for ranks in (1, 2, 3)}
         started = [
-            script.start("reference", [sys.executable, reference_script], batch[1], "--epochs=2"),
+            script.start("reference", [sys.executable, str(reference_script)], batch[1], "--epochs=2"),
             script.start("2 ranks", script.command(2), batch[2], "--epochs=1"),
             script.start("3 ranks", script.command(3), batch[3], "--epochs=2"),
         ]
@@ -332,7 +338,7 @@ def ended_badly(head: str, attempt: Attempt, todo: str) -> list[str]:
     """How an attempt ended and, where that helps, where to begin."""
     first, *rest = how_it_ended(attempt)
     lines = [f"{head}, {first}", *rest]
-    if attempt.status and todo:  # a script that hangs has been begun
+    if re.search(NOT_BEGUN, attempt.err):
         lines.append(f"  where to begin: {todo}")
     return lines
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from docs.generate import cheatsheet, notebooks, onepage, pages, pictures
+from docs.generate import answer_sheet, cheatsheet, notebooks, onepage, pages, pictures
 
 if __name__ == "__main__":
     pictures.draw_all()
@@ -19,3 +19,4 @@ if __name__ == "__main__":
     notebooks.build_all()  # of the pages as they are now
     onepage.build()
     cheatsheet.build(cheatsheet.SOURCE, cheatsheet.PDF)
+    answer_sheet.build()

@@ -18,7 +18,7 @@ import pytest
 from helpers import FOLDERS, ROOT, environment, finish, paths, quoted_pattern, start
 
 from common.snapshot import FORMAT
-from docs.generate import figures, pages, pieces, tables
+from docs.generate import answer_sheet, figures, pages, pieces, tables
 
 PAGES = [
     ROOT / "README.md",
@@ -161,6 +161,11 @@ def test_a_page_is_as_make_docs_makes_it(page):
     stale = list(difflib.unified_diff(now, then, "the page", "make docs", n=0, lineterm=""))
     print("\n".join(stale))
     assert stale == []
+
+
+def test_the_answer_sheet_is_as_make_docs_makes_it():
+    """From wrong_answers.toml and the titles of the exercises."""
+    assert answer_sheet.PAGE.read_text() == answer_sheet.make()
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(ROOT)))

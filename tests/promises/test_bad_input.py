@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, command, errors, finish, start, wait_until
+from helpers import FOLDERS, ROOT, UNDER_TORCHRUN, command, errors, finish, planted, start, wait_until
 
 from common import options
 from common.mnist import FILES
@@ -389,3 +389,19 @@ def test_a_port_in_use(tmp_path, step):
 def test_a_rank_that_is_not_started(tmp_path, step):
     result = run(step, ["--use-gpu=0", DIGITS, "--timeout=5"], tmp_path, WORLD_SIZE="2")
     check(result, "the ranks did not find each other: ")
+
+
+def test_every_rank_saves(tmp_path):
+    """Both have written the same file when the first one gives it its name."""
+    edit = "            if self.rank == 0:  # all ranks have the same weights\n"
+    planted(tmp_path, "03", (edit, edit.replace("self.rank == 0", "True")))
+    renames = "        os.replace(temporary, path)\n"
+    arrived = "open(f'here-{os.getpid()}', 'w').close()"
+    both = "len(list(Path().glob('here-*'))) == 2"
+    waits = f"import time; {arrived}; [time.sleep(0.01) for _ in range(6000) if not {both}]"
+    planted(tmp_path, "common/snapshot.py", (renames, f"        {waits}\n{renames}"))
+    process = start([*command("03", 2, tmp_path), DIGITS, "--use-gpu=0", "--epochs=1"], tmp_path)
+    status, _, err = finish(process)
+    print(err)
+    assert status == 1 and len(errors(err)) == 1
+    assert errors(err)[0].endswith("; another rank writes this file, too: only one rank may save")

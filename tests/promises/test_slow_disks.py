@@ -5,9 +5,12 @@ repeats what another rank reads or checks.
 """
 
 import re
+import threading
 
 import pytest
-from helpers import SHARDED, command, finish, last_saved, planted, saved, start
+from helpers import ROOT, SHARDED, command, finish, last_saved, planted, saved, start
+
+from common.process_group import keep_alive
 
 SECONDS = 5  # the time-out
 PAUSE = f"import time; time.sleep({SECONDS + 2})"
@@ -84,3 +87,44 @@ def test_what_one_rank_finds_damaged_no_rank_loads(tmp_path):
     print(out, err)
     assert status == 0 and "resumed from s: epoch 0, step 2\n" in out
     assert err.count("snapshot-00000004 is damaged (wrong checksum in __2_0.distcp)") == 1
+
+
+ALIVE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+from common.process_group import keep_alive
+dist.init_process_group("gloo")
+try:
+    with keep_alive():
+        if dist.get_rank() == 1:
+            os._exit(0)
+        deadline = time.monotonic() + 60
+        while threads_of_beat() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    print("nothing was raised")
+except RuntimeError as error:
+    print("raised:", str(error).splitlines()[0])
+os._exit(0)
+"""
+THREADS = """
+import threading
+def threads_of_beat():
+    return [thread for thread in threading.enumerate() if "beat" in thread.name]
+"""
+
+
+def test_a_rank_that_ends_while_another_saves_is_noticed(tmp_path):
+    """The other one has an error then, after its save: it would wait for that rank later."""
+    script = tmp_path / "script.py"
+    script.write_text(THREADS + ALIVE)
+    process = start([*command("03", 2)[:-1], str(script)], tmp_path)
+    status, out, err = finish(process)
+    print(out, err)
+    assert status == 0 and re.fullmatch(r"raised: .*\n", out) and "nothing was raised" not in out
+
+
+def test_without_a_group_there_is_nobody_to_keep_alive():
+    before = threading.active_count()
+    with keep_alive():
+        assert threading.active_count() == before

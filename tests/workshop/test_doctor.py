@@ -360,6 +360,7 @@ REDS = {
             "torchvision/datasets.py": NOTHING_LISTENS,
         },
         fixes=False,
+        color="yellow",
     ),
     "a damaged MNIST": Red(
         "mnist",
@@ -445,6 +446,20 @@ def test_a_red_line_stands_above_its_command(tmp_path):
         "        fix it with:  ulimit -n 1024\n"
         "\n0 green, 0 yellow, 1 red. This machine is not ready.\n"
     )
+
+
+def test_without_mnist_the_rest_is_ready(tmp_path):
+    """The exercises and the cards train on synthetic digits."""
+    case = REDS["no MNIST and no network"]
+    for path, content in case.files.items():
+        (tmp_path / "found" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "found" / path).write_text(content)
+    process = shell("$doctor --only mnist --only disk", tmp_path, PYTHONPATH=str(tmp_path / "found"))
+    status, out, err = finish(process)
+    print(out, err)
+    assert (status, err) == (0, "")
+    ready = "This machine is ready, but not for MNIST: use --num-samples, which needs no download."
+    assert out.endswith(f"\n1 green, 1 yellow, 0 red. {ready}\n")
 
 
 @pytest.mark.parametrize("with_uv", [False, True])

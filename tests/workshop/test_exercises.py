@@ -94,6 +94,7 @@ WRONG = tomllib.loads((ROOT / "tests" / "workshop" / "wrong_answers.toml").read_
 def test_each_exercise_knows_four_mistakes():
     assert Counter(wrong["exercise"] for wrong in WRONG).keys() == FOLDERS.keys()
     assert min(Counter(wrong["exercise"] for wrong in WRONG).values()) >= 4
+    assert [wrong["idea"] for wrong in WRONG if not wrong.get("ask", "").endswith("?")] == []
 
 
 @pytest.mark.sample(20)

@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import sys
+import tomllib
 from collections import Counter
 
 import pypdf
@@ -25,19 +26,109 @@ SAID = [
 ]
 
 
-def test_the_minutes_of_the_plans_add_up():
-    plans = re.split(r"^### ", (WORKSHOP / "GUIDE.md").read_text(), flags=re.M)
-    found = {}
-    for plan in plans:
+def plans(text):
+    """For each plan of the guide: its name, its parts with their five numbers, and what it shows when."""
+    found = []
+    for plan in re.split(r"^### ", text, flags=re.M):
         rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in plan.splitlines()]
-        minutes = [list(map(int, row[1:])) for row in rows if len(row) == 6 and row[1].isdigit()]
-        if minutes:
-            *parts, total = minutes
-            assert all(sum(part[:4]) == part[4] for part in parts)
-            assert [sum(column) for column in zip(*parts, strict=True)] == total
-            found[plan.partition("\n")[0]] = total[-1]
-    assert list(found.values()) == [90, 240, 440]
+        parts = [(row[0], *map(int, row[1:])) for row in rows if len(row) == 6 and row[1].isdigit()]
+        shown = [(int(row[0]), row[1]) for row in rows if len(row) == 2 and row[0].isdigit()]
+        if parts:
+            found.append((plan.partition("\n")[0], parts, shown))
+    return found
+
+
+def minutes_needed(part, minutes):
+    """The minutes of the exercises that a part of a plan names, without those in parentheses."""
+    needed = 0
+    named = r"(two of the )?exercises? (\d\d(?:(?:, | and | to )\d\d)*)"
+    for two, numbers in re.findall(named, re.sub(r"\([^)]*\)", "", part)):
+        chosen = re.findall(r"\d\d", numbers)
+        if " to " in numbers:
+            first, last = map(int, chosen)
+            chosen = [f"{number:02}" for number in range(first, last + 1)]
+        longest = sorted((minutes[number] for number in chosen), reverse=True)
+        needed += sum(longest[:2] if two else longest)
+    return needed
+
+
+def too_short(text, minutes):
+    """The parts of the guide's plans that have less time for their exercises than these need."""
+    return [
+        (name, part[0])
+        for name, parts, _ in plans(text)
+        for part in parts
+        if part[2] < minutes_needed(part[0], minutes)
+    ]
+
+
+def minutes_of_exercises():
+    return {
+        folder.name[:2]: tomllib.loads((folder / "exercise.toml").read_text())["minutes"]
+        for folder in EXERCISES
+    }
+
+
+def test_the_minutes_of_the_plans_add_up():
+    found = {}
+    for name, rows, _ in plans((WORKSHOP / "GUIDE.md").read_text()):
+        *parts, total = [row[1:] for row in rows]
+        assert all(sum(part[:4]) == part[4] for part in parts)
+        assert [sum(column) for column in zip(*parts, strict=True)] == list(total)
+        found[name] = total[-1]
+    assert list(found.values()) == [90, 247, 447]
     assert all("90 minutes" in name or "day" in name for name in found)
+
+
+def test_the_plans_have_time_for_their_exercises():
+    text, minutes = (WORKSHOP / "GUIDE.md").read_text(), minutes_of_exercises()
+    for name, parts, _ in plans(text):
+        print(name, {part[0]: minutes_needed(part[0], minutes) for part in parts})
+        assert any(minutes_needed(part[0], minutes) for part in parts)
+    assert too_short(text, minutes) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "needed"),
+    [
+        ("exercise 03 in pairs", 20),
+        ("the group; exercises 03 and 04", 50),
+        ("exercises 03, 04 and 05 (07 for the fast ones)", 65),
+        ("each pair does two of the exercises 05 to 08", 38),
+        ("step 03 (exercise 04 is for home), and how exercises are judged", 0),
+    ],
+)
+def test_a_part_that_is_too_short_is_found(part, needed):
+    minutes = {"03": 20, "04": 30, "05": 15, "06": 16, "07": 20, "08": 18}
+    assert minutes_needed(part, minutes) == needed
+    for given in (needed - 1, needed):
+        text = f"### A day\n\n| part | teach |\n|---|---:|\n| {part} | 1 | {given} | 0 | 0 | 0 |\n"
+        assert too_short(text, minutes) == ([("A day", part)] if given < needed else [])
+
+
+def test_what_a_plan_shows_is_shown_while_somebody_teaches():
+    for name, (*parts, _), shown in plans((WORKSHOP / "GUIDE.md").read_text()):
+        begins = [sum(part[5] for part in parts[:i]) for i in range(len(parts))]
+        teaching = {
+            minute
+            for begin, part in zip(begins, parts, strict=True)
+            for minute in range(begin, begin + part[1])
+        }
+        assert len(shown) >= 5
+        assert shown == sorted(shown)
+        for minute, stop in shown:
+            assert minute in teaching, f"{name}: {minute} {stop}"
+            assert "](../docs/index.html#" in stop
+
+
+def test_the_weeks_of_the_course_add_up():
+    text, minutes = (WORKSHOP / "GUIDE.md").read_text(), minutes_of_exercises()
+    weeks = re.findall(r"^\| \d \| [^|]* \| ([\d, ]+) \| (\d+) \| ([\d, ]+) \|$", text, re.M)
+    assert len(weeks) == 4
+    for done, total, graded in weeks:
+        assert sum(minutes[number] for number in done.split(", ")) == int(total)
+        assert {*graded.split(", ")} <= {*done.split(", ")}
+    assert sorted(", ".join(done for done, _, _ in weeks).split(", ")) == sorted(minutes)
 
 
 def test_the_pages_links_lead_somewhere():
@@ -47,7 +138,9 @@ def test_the_pages_links_lead_somewhere():
             path, _, anchor = target.partition("#")
             there = (page.parent / path).resolve() if path else page
             assert there.exists(), f"{page}: {target}"
-            if anchor:
+            if anchor and there.suffix == ".html":
+                assert f' id="{anchor}"' in there.read_text(), f"{page}: {target}"
+            elif anchor:
                 heads = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
                 anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
                 assert anchor in anchors, f"{page}: {target}"
@@ -59,8 +152,8 @@ def test_each_exercise_has_its_page():
         page, facts = (folder / "README.md").read_text(), (folder / "exercise.toml").read_text()
         assert page.startswith(f"# {folder.name[:2]} · ")
         minutes = re.search(r"^minutes = (\d+)$", facts, re.M)[1]
-        assert f"*{minutes} minutes.*" in page and 5 <= int(minutes) <= 60
-        assert 2 <= len(re.findall(r'^    "', facts, re.M)) <= 3  # hints
+        assert f"*{minutes} minutes.*" in page and 5 <= int(minutes) <= 120
+        assert 2 <= len(re.findall(r'^    "', facts, re.M)) <= 4  # hints
         for pages in re.findall(r'^PAGE\w* = "(.*)"$', (folder / "judge.py").read_text(), re.M):
             for place in pages.split(", and "):
                 name, _, head = place.partition(", ")

@@ -3,8 +3,8 @@
 from judging import about
 from turning import judge_script
 
-TODO = about(__file__)["todo"]
+FACTS = about(__file__)
 
 
 def judge(file):
-    return judge_script("02", TODO, file)
+    return judge_script(FACTS, file)

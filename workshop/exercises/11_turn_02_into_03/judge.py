@@ -3,7 +3,7 @@
 from judging import about
 from turning import Extra, judge_script
 
-TODO = about(__file__)["todo"]
+FACTS = about(__file__)
 
 
 def devices(reference, runs):
@@ -21,4 +21,4 @@ def judge(file):
     told = "03_multigpu_torchrun/README.md, torchrun's variables"
     flags = ["--use-gpu=1", "--batch-size=3", "--epochs=1"]
     dealt = Extra("on each of two nodes, devices are dealt out from 0", told, flags, devices, nodes=2)
-    return judge_script("03", TODO, file, dealt)
+    return judge_script(FACTS, file, dealt)

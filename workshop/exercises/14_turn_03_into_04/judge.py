@@ -5,7 +5,7 @@ from turning import Extra, judge_script, like_step_01
 
 from common.snapshot import snapshots
 
-TODO = about(__file__)["todo"]
+FACTS = about(__file__)
 PAGE_ACCUMULATE = "04_multinode/README.md, A slow network: several batches in one step"
 PAGE_DISKS = "04_multinode/README.md, The idea"
 
@@ -30,4 +30,4 @@ def judge(file):
     accumulated = Extra(says, PAGE_ACCUMULATE, accumulate, like_step_01, resumes=True)
     says = "with a disk in each node, each node has the snapshots"
     disks = Extra(says, PAGE_DISKS, ["--batch-size=3", "--epochs=1"], saved_on_each_node, nodes=2)
-    return judge_script("04", TODO, file, accumulated, disks)
+    return judge_script(FACTS, file, accumulated, disks)

@@ -16,7 +16,7 @@ def whole(length):
 
 
 def written(answer, length, ranks):
-    """A folder into which so many ranks have saved, and all calls of answer."""
+    """A folder into which so many ranks have saved, one after another."""
     folder = Path(tempfile.mkdtemp(dir="."))
     for rank in range(ranks):
         begin, end = bounds(length, rank, ranks)
@@ -25,12 +25,14 @@ def written(answer, length, ranks):
 
 
 def read(answer, length, ranks, folder):
-    """What so many ranks read, and what each should."""
-    expected, seen = [], []
+    """What each of so many ranks should read, and what it reads."""
+    expected = {}
+    seen = {}
     for rank in range(ranks):
         begin, end = bounds(length, rank, ranks)
-        expected.append(whole(length)[begin:end])
-        seen.append(answer.load(length, rank, ranks, folder))
+        reader = f"reader {rank} of {ranks}"
+        expected[reader] = whole(length)[begin:end]
+        seen[reader] = answer.load(length, rank, ranks, folder)
     return expected, seen
 
 
@@ -42,7 +44,7 @@ def from_to(length, before, after):
 
 
 def together(answer, rank, ranks):
-    """The ranks write at the same time, to one folder; with what they wrote, one rank more goes on."""
+    """The ranks write at the same time, to one folder. There is one reader more than there were ranks."""
     folder = Path("together")
     folder.mkdir(exist_ok=True)
     begin, end = bounds(8, rank, ranks)

@@ -5,7 +5,7 @@ import torch.distributed.fsdp  # noqa: F401  # imported once, not in every rank
 from judging import about
 from turning import TESTED, Extra, judge_script, like_step_01
 
-TODO = about(__file__)["todo"]
+FACTS = about(__file__)
 PAGE_ACCUMULATE = "05_fsdp/README.md, The training loop"
 PAGE_EVALUATION = "05_fsdp/README.md, Evaluation"
 
@@ -26,4 +26,4 @@ def judge(file):
     small = ["--eval-batch-size=3", "--batch-size=6", "--epochs=1"]
     says = "ranks with unequally many images to test on end, too"
     uneven = Extra(says, PAGE_EVALUATION, small, whole_test)
-    return judge_script("05", TODO, file, accumulated, uneven)
+    return judge_script(FACTS, file, accumulated, uneven)
