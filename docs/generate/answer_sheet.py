@@ -42,13 +42,13 @@ def is_short(code: str) -> bool:
 
 def code_change(old: str, new: str) -> str:
     """What students write instead of our code; nothing if it is long, or differs in its indentation only."""
-    ours = old.strip()
-    theirs = new.strip()
-    if ours == theirs or not is_short(ours) or not is_short(theirs):
+    our_code = old.strip()
+    student_code = new.strip()
+    if our_code == student_code or not is_short(our_code) or not is_short(student_code):
         return ""
-    if theirs in PLACEHOLDERS:
-        return f"without `{ours}`"
-    return f"`{ours}` → `{theirs}`"
+    if student_code in PLACEHOLDERS:
+        return f"without `{our_code}`"
+    return f"`{our_code}` → `{student_code}`"
 
 
 def what_students_write(mistake: Mistake) -> str:

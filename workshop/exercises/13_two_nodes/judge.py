@@ -94,5 +94,5 @@ PROMISES = [
     Promise("a disk in each node: the lowest rank of each node saves", own, PAGE),
     Promise("the folder is left as it was", clean, PAGE),
     Promise("after a rank has removed its mark, it waits until all marks are gone", gone, PAGE, (2, 3)),
-    Promise("a second call finds out anew", again, PAGE),
+    Promise("a second call looks again", again, PAGE),
 ]

@@ -74,5 +74,5 @@ PROMISES = [
     Promise("two ranks do not come: both are named", two_away, PAGE, (3,)),
     Promise("the answer comes in time, however many are missing", in_time, PAGE),
     Promise("a rank that comes late, but in time, is not missing", late, PAGE),
-    Promise("a second call finds out anew", second, PAGE),
+    Promise("a second call looks again", second, PAGE),
 ]
